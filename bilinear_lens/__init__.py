@@ -1,0 +1,31 @@
+"""Read a bilinear transformer from its weights: eigenvectors of interactions, and their checks.
+
+`import bilinear_lens as bl`; the names stand in the order in which a newcomer meets them.
+"""
+
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.analysis.interactions import InteractionTable, interactions
+from bilinear_lens.analysis.ablation import (
+    ablate_eigenvectors,
+    ablation_curve,
+    k_reaching,
+    keep_eigenvectors,
+    project_out,
+)
+from bilinear_lens.tensor import BilinearTensor
+from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.basis import Basis
+
+__all__ = [
+    "HookedBilinearTransformer",
+    "interactions",
+    "InteractionTable",
+    "ablate_eigenvectors",
+    "keep_eigenvectors",
+    "project_out",
+    "ablation_curve",
+    "k_reaching",
+    "BilinearTensor",
+    "Spectrum",
+    "Basis",
+]

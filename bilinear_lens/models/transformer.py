@@ -1,0 +1,359 @@
+"""HookedBilinearTransformer: a Hugging Face model with bilinear MLPs, hooked by TransformerLens.
+
+- the whole `TransformerBridge` surface: hooks, caching, generation, stacked weights
+- by default norm gains are folded, so that weights read in TransformerLens's coordinates
+- `bilinear_tensor(layer)` is exactly what an MLP computes, from its `hook_in` to its `hook_out`
+- output directions and token bases are what one contracts that tensor with
+"""
+
+import copy
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_config_from_hf,
+    configure_tokenizer,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from bilinear_lens.basis import Basis
+from bilinear_lens.models.checkpoints import load_checkpoint
+from bilinear_lens.models.components import (
+    check_bilinear,
+    check_finite,
+    use_bilinear_components,
+)
+from bilinear_lens.tensor import BilinearTensor
+
+Token = str | int
+Output = Token | tuple[Token, Token] | Tensor
+
+
+class HookedBilinearTransformer(TransformerBridge):
+    """A causal language model whose MLPs are bilinear, with TransformerLens hooks.
+
+    Make one with `from_pretrained`, `from_hf` or `from_config`.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        fold: bool = True,
+    ) -> "HookedBilinearTransformer":
+        """Load a model by name.
+
+        Args:
+            name_or_path: a model that ships with the package (`tinystories-1l`,
+                `tinystories-4l`), a local folder, or a Hugging Face Hub id. A folder holds a stock
+                Hugging Face model or the layout of the paper's authors; weights are safetensors.
+            revision: branch, tag or commit on the Hub.
+            tokenizer: replaces the checkpoint's own: an object, a folder or a name.
+            fold: as in `from_hf`.
+
+        Raises:
+            KeyError: if the name is not known, listing the near ones.
+            ValueError: if the checkpoint cannot be read, contradicts its config, or is not a
+                bilinear model.
+        """
+        model, loaded_tokenizer = load_checkpoint(
+            name_or_path, revision=revision, dtype=dtype, tokenizer=tokenizer
+        )
+        return cls.from_hf(
+            model.to(device), loaded_tokenizer, name=Path(name_or_path).name, fold=fold
+        )
+
+    @classmethod
+    def from_hf(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str | None = None,
+        fold: bool = True,
+    ) -> "HookedBilinearTransformer":
+        """Hook a loaded Hugging Face model, in place: it shares its weights with the result.
+
+        Args:
+            fold: fold norm gains into the weights that follow and centre the unembedding, as
+                `enable_compatibility_mode` does (value biases stay where they are, so that
+                the result can be saved). With False the weights stay raw; token and output
+                directions are then not to be had.
+
+        Raises:
+            ValueError: if the model is not bilinear, or a weight is not finite.
+        """
+        architecture = type(model).__name__
+        config = build_bridge_config_from_hf(
+            model.config,
+            architecture,
+            name or model.config.name_or_path or architecture,
+            model.dtype,
+        )
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
+        check_bilinear(model, adapter)
+        check_finite(model)
+        use_bilinear_components(adapter)
+        adapter.cfg.device = str(model.device)
+        adapter.prepare_model(model)
+        if tokenizer is not None:
+            tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
+        bridge = cls(model.eval(), adapter, tokenizer)
+        if fold:
+            bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
+        return bridge
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        fold: bool = True,
+    ) -> "HookedBilinearTransformer":
+        """A model with random weights, from a Hugging Face config with a linear gate.
+
+        For example `LlamaConfig(hidden_act="linear", ...)`. Seed it with `torch.manual_seed`.
+
+        Raises:
+            ValueError: if the config's MLPs are not bilinear.
+        """
+        return cls.from_hf(AutoModelForCausalLM.from_config(config), tokenizer, fold=fold)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save as a plain Hugging Face folder: config, safetensors, tokenizer.
+
+        The weights are the current ones, folded if the model is. `AutoModelForCausalLM` loads the
+        folder and gives the same log-probabilities. The folder appears whole or not at all.
+
+        Raises:
+            ValueError: if `path` exists or cannot be made, or if the folded weights cannot be
+                expressed in this architecture (then load with `fold=False` and save that).
+        """
+        path = Path(path)
+        if path.exists():
+            raise ValueError(f"{path} exists already: give a new folder, or remove it.")
+        plain = self._plain_model()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
+                folder = Path(partial) / path.name
+                plain.save_pretrained(folder)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(folder)
+                folder.rename(path)
+        except OSError as error:
+            raise ValueError(f"Cannot write {path}: {error}.") from error
+
+    @property
+    def folded(self) -> bool:
+        """Whether norm gains are folded into the weights."""
+        return self._weights_processed
+
+    def bilinear_tensor(self, layer: int) -> BilinearTensor:
+        """What layer `layer`'s MLP computes, exactly.
+
+        Its input is the activation at `blocks.{layer}.mlp.hook_in`, its output that at
+        `blocks.{layer}.mlp.hook_out`, which is `blocks.{layer}.hook_mlp_out` unless the
+        architecture norms what an MLP writes (Gemma 2 and 3, OLMo 2).
+
+        Raises:
+            ValueError: if there is no such layer.
+        """
+        if not 0 <= layer < self.cfg.n_layers:
+            raise ValueError(
+                f"layer={layer} must be between 0 and {self.cfg.n_layers - 1}: "
+                f"this model has {self.cfg.n_layers}."
+            )
+        return self.blocks[layer].mlp.bilinear_tensor()
+
+    def output_direction(
+        self, output: Output, contrast: Token | Literal["mean"] | None = "mean"
+    ) -> Float[Tensor, " d_model"]:
+        """The direction in the residual stream that raises an output.
+
+        Args:
+            output: a token (string or id), a pair of tokens (the first against the second), or a
+                direction, which is returned as it is.
+            contrast: what a token is measured against: "mean" is the mean over the vocabulary
+                (logits are shift-invariant), a token is that token, None is nothing.
+
+        Raises:
+            ValueError: if a token is unknown, or a direction has another size than `d_model`, is
+                zero or is not finite.
+        """
+        if isinstance(output, Tensor):
+            direction = output.detach()
+            if direction.shape != (self.cfg.d_model,):
+                raise ValueError(
+                    f"direction has shape {list(direction.shape)}; it must be "
+                    f"[d_model={self.cfg.d_model}]."
+                )
+        else:
+            self._require_folded()
+            unembedding = self.W_U.detach()
+            if isinstance(output, tuple):
+                output, contrast = output
+                against = unembedding[:, self.token_id(contrast)]
+            elif contrast == "mean":
+                against = unembedding.float().mean(dim=1).to(unembedding)
+            elif contrast is None:
+                against = torch.zeros_like(unembedding[:, 0])
+            else:
+                against = unembedding[:, self.token_id(contrast)]
+            direction = unembedding[:, self.token_id(output)] - against
+        if not direction.isfinite().all() or not direction.any():
+            raise ValueError("The output direction is zero or not finite: nothing writes along it.")
+        return direction
+
+    def token_basis(self) -> Basis:
+        """Each token as an MLP would see it alone: its embedding, normed.
+
+        That is `e / rms(e)`, up to the norm's epsilon, in the folded coordinates of `mlp.hook_in`.
+        """
+        self._require_folded()
+        with torch.no_grad():
+            embedding = self.embed(torch.arange(self.cfg.d_vocab, device=self.cfg.device)).float()
+        rms = (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
+        return Basis(embedding / rms, self.token_labels)
+
+    @cached_property
+    def token_labels(self) -> list[str]:
+        """A readable string for each token id; `#id` without a tokenizer.
+
+        A token that is a fragment of a character reads as its piece in the vocabulary.
+        """
+        ids = range(self.cfg.d_vocab)
+        if self.tokenizer is None:
+            return [f"#{i}" for i in ids]
+        pieces = self.tokenizer.convert_ids_to_tokens(list(ids))
+        labels = []
+        for i, piece in zip(ids, pieces, strict=True):
+            if piece is None:  # the embedding has more rows than the vocabulary
+                labels.append(f"#{i}")
+            elif "\u2581" in piece:  # SentencePiece's space
+                labels.append(piece.replace("\u2581", " "))
+            else:
+                decoded = self.tokenizer.decode([i])
+                labels.append(piece if "\ufffd" in decoded or not decoded else decoded)
+        return labels
+
+    def token_id(self, token: Token) -> int:
+        """The id of a token given as a string or an id.
+
+        Raises:
+            ValueError: if the id is out of range, or the string is not exactly one token.
+        """
+        if isinstance(token, int):
+            if not 0 <= token < self.cfg.d_vocab:
+                raise ValueError(f"Token id {token} must be between 0 and {self.cfg.d_vocab - 1}.")
+            return token
+        if self.tokenizer is None:
+            raise ValueError(
+                f"This model has no tokenizer to find {token!r} with: give token ids, or load it "
+                "with tokenizer=..."
+            )
+        if self.token_labels.count(token) == 1:
+            return self.token_labels.index(token)
+        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = [self.token_labels[i] for i in ids]
+            near = get_close_matches(token, self.token_labels, n=5, cutoff=0.5)
+            raise ValueError(
+                f"{token!r} is not one token but {len(ids)}: {pieces}. Give one token (most words "
+                f"begin with a space); near ones: {near}."
+            )
+        return ids[0]
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Tensor:
+        """As TransformerLens's, but a text past the context length is an error unless `truncate`.
+
+        Raises:
+            ValueError: if there is no tokenizer, a text is empty, or one is too long.
+        """
+        if self.tokenizer is None:
+            raise ValueError("This model has no tokenizer: give tokens, or load it with tokenizer=")
+        texts = [input] if isinstance(input, str) else input
+        if not texts or not all(texts):
+            raise ValueError("An empty prompt has no tokens: give some text.")
+        tokens = super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
+        self._check_context(tokens)
+        return tokens
+
+    def forward(self, input: str | list[str] | Tensor, *args, **kwargs):
+        """As TransformerBridge's.
+
+        Raises:
+            ValueError: if the prompt is empty or longer than the context.
+        """
+        if isinstance(input, Tensor) and not input.is_floating_point():
+            self._check_context(input)
+        return super().forward(input, *args, **kwargs)
+
+    def _check_context(self, tokens: Tensor) -> None:
+        n_tokens = tokens.shape[-1]
+        if n_tokens == 0:
+            raise ValueError("An empty prompt has no tokens: give some text.")
+        if n_tokens > self.cfg.n_ctx:
+            raise ValueError(
+                f"The prompt has {n_tokens} tokens; this model's context is {self.cfg.n_ctx}. "
+                "Shorten it, or pass truncate=True to to_tokens."
+            )
+
+    def _require_folded(self) -> None:
+        if not self.folded:
+            raise ValueError(
+                "Token and output directions are read in folded coordinates: load the model with "
+                "fold=True."
+            )
+
+    def _plain_model(self) -> PreTrainedModel:
+        """A Hugging Face model with the current weights, not wrapped."""
+        wrapped = self.original_model
+        config = copy.deepcopy(wrapped.config)
+        if self.folded:  # the unembedding was centred and took the final norm's gain
+            config.tie_word_embeddings = False
+        plain = AutoModelForCausalLM.from_config(config).to(wrapped.dtype).eval()
+        weights = {
+            name.replace("._original_component", ""): weight.cpu()
+            for name, weight in wrapped.state_dict().items()
+        }
+        plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+        probe = torch.arange(min(8, self.cfg.d_vocab))[None]
+        with torch.no_grad():
+            expected = self(probe.to(self.cfg.device)).log_softmax(-1).cpu()
+            actual = plain(input_ids=probe).logits.log_softmax(-1)
+        if not torch.allclose(actual, expected, atol=1e-2 if self.cfg.dtype.itemsize < 4 else 1e-4):
+            raise ValueError(
+                f"{type(plain).__name__} has no place for its own folded weights (they are off by "
+                f"{(actual - expected).abs().max():.2g}). Load it with fold=False and save that."
+            )
+        return plain
+
+

@@ -1,0 +1,139 @@
+"""Spectrum: eigenvalues and eigenvectors of interaction matrices, largest magnitude first."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Eigenpairs of one or many symmetric matrices, by `|value|`, largest first.
+
+    An eigenvector's sign is arbitrary; here its entry of largest magnitude is positive, unless
+    `oriented` chose otherwise.
+
+    Raises:
+        ValueError: if there is not one value for each vector.
+    """
+
+    values: Float[Tensor, "*batch k"]
+    vectors: Float[Tensor, "*batch coords k"]
+    """Orthonormal columns."""
+    affine: bool = False
+    """Whether the last coordinate is a constant 1, which callers do not pass."""
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim < 2 or self.values.shape != (
+            *self.vectors.shape[:-2],
+            self.vectors.shape[-1],
+        ):
+            raise ValueError(
+                f"values {list(self.values.shape)} and vectors {list(self.vectors.shape)} must be "
+                "[..., k] and [..., d_in, k]."
+            )
+
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "*batch d d"], *, affine: bool = False) -> "Spectrum":
+        """All eigenpairs of symmetric matrices."""
+        values, vectors = torch.linalg.eigh(matrix)
+        # flipped, so that of +a and -a the positive one comes first, whatever the size
+        values, vectors = values.flip(-1), vectors.flip(-1)
+        order = values.abs().argsort(dim=-1, descending=True, stable=True)
+        return cls.signed(
+            values.gather(-1, order),
+            vectors.gather(-1, order[..., None, :].expand_as(vectors)),
+            affine=affine,
+        )
+
+    @classmethod
+    def signed(
+        cls,
+        values: Float[Tensor, "*batch k"],
+        vectors: Float[Tensor, "*batch coords k"],
+        *,
+        affine: bool = False,
+    ) -> "Spectrum":
+        """The spectrum with each eigenvector's entry of largest magnitude made positive."""
+        return cls(values, vectors * _sign_of_largest(vectors), affine)
+
+    @property
+    def d_in(self) -> int:
+        """Size of the input that the caller passes."""
+        return self.vectors.shape[-2] - self.affine
+
+    @property
+    def k(self) -> int:
+        return self.values.shape[-1]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{value:.3g}" for value in self.values.flatten()[:4].tolist())
+        return f"Spectrum(k={self.k}, d_in={self.d_in}, values=[{shown}, ...])"
+
+    def top(self, k: int) -> "Spectrum":
+        """The `k` pairs of largest magnitude.
+
+        Raises:
+            ValueError: if `k` is not in 1..k.
+        """
+        self._check_k(k)
+        return Spectrum(self.values[..., :k], self.vectors[..., :k], self.affine)
+
+    def bottom(self, k: int) -> "Spectrum":
+        """The `k` pairs of smallest magnitude, of those there are.
+
+        Raises:
+            ValueError: if `k` is not in 1..k.
+        """
+        self._check_k(k)
+        return Spectrum(self.values[..., -k:], self.vectors[..., -k:], self.affine)
+
+    def oriented(self, directions: Float[Tensor, "n {self.d_in}"]) -> "Spectrum":
+        """The same spectrum, signed so that the largest projection on `directions` is positive."""
+        if self.values.ndim != 1:
+            raise ValueError("Only the spectrum of a single direction can be oriented.")
+        signs = _sign_of_largest(self.projections(directions))
+        return Spectrum(self.values, self.vectors * signs, self.affine)
+
+    def projections(self, x: Float[Tensor, "*inputs {self.d_in}"]) -> Float[Tensor, "..."]:
+        """`vector . x` for each eigenvector: `[*inputs, *batch, k]`."""
+        x = x.to(self.vectors.dtype)
+        if self.affine:
+            x = append_one(x)
+        columns = self.vectors.movedim(-2, 0).flatten(1)
+        return (x @ columns).unflatten(-1, self.values.shape)
+
+    def activations(self, x: Float[Tensor, "*inputs {self.d_in}"]) -> Float[Tensor, "..."]:
+        """`value * (vector . x)^2`: what each eigenvector adds for the input `x`.
+
+        Returns:
+            `[*inputs, *batch, k]`; over all eigenpairs it sums to `direction . B(x)`.
+        """
+        return self.values * self.projections(x) ** 2
+
+    def matrix(self) -> Float[Tensor, "*batch coords coords"]:
+        """The symmetric matrix that these eigenpairs make up."""
+        return (self.vectors * self.values[..., None, :]) @ self.vectors.mT
+
+    def _check_k(self, k: int) -> None:
+        if not 1 <= k <= self.k:
+            raise ValueError(f"k={k} must be between 1 and the {self.k} eigenpairs there are.")
+
+    def effective_rank(self) -> Float[Tensor, "*batch"]:
+        """`(sum |value|)^2 / sum value^2`: how many eigenvalues matter, from 1 to k.
+
+        Of a spectrum cut by `top`, it is that of what was kept (arXiv 2410.08417, appendix E).
+        """
+        return self.values.abs().sum(-1) ** 2 / (self.values**2).sum(-1)
+
+
+def append_one(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d_plus_1"]:
+    """Inputs of an affine layer, with the constant coordinate."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
+def _sign_of_largest(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch 1 k"]:
+    """The sign of each column's entry of largest magnitude, 1 for a zero column."""
+    largest = columns.gather(-2, columns.abs().argmax(dim=-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
