@@ -1,0 +1,207 @@
+"""Plotly figures, legible on a light and on a dark page."""
+
+from collections.abc import Sequence
+from html import escape
+
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from torch import Tensor
+
+from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.views.style import NEGATIVE, POSITIVE, rgba, visible
+
+_GREY = "#7f858d"
+_GRID = "rgba(127, 133, 141, 0.25)"
+_HATCH = "rgba(255, 255, 255, 0.45)"
+_KINDS = {
+    "top": ((0, 153, 118), "solid", "circle"),
+    "bottom": ((186, 104, 168), "dash", "square"),
+    "random": ((127, 133, 141), "dot", "diamond"),
+}
+_TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000)
+_ZERO = 0.5
+"""Where a logarithmic axis shows k = 0: one octave below 1."""
+
+
+def spectrum(
+    spectrum: Spectrum,
+    *,
+    top: int = 30,
+    title: str | None = None,
+    control: Spectrum | None = None,
+) -> go.Figure:
+    """Eigenvalues by magnitude, largest first; colour and hatching tell the signs apart.
+
+    Args:
+        top: how many eigenvalues, or all where there are fewer.
+        control: a spectrum to compare with, drawn as a line of `|value|`.
+
+    Raises:
+        ValueError: if a spectrum is batched, or `top` is less than 1.
+    """
+    if top < 1:
+        raise ValueError(f"top={top} must be at least 1.")
+    values = _values(spectrum, "spectrum")[:top]
+    figure = _figure(title, x="eigenvector", y="|eigenvalue|")
+    for name, colour, hatch, sign in (
+        ("positive", POSITIVE, "", 1),
+        ("negative", NEGATIVE, "/", -1),
+    ):
+        ranks = [rank for rank, value in enumerate(values) if value * sign > 0]
+        figure.add_bar(
+            name=name,
+            x=ranks,
+            y=[abs(values[rank]) for rank in ranks],
+            customdata=[values[rank] for rank in ranks],
+            marker={
+                "color": rgba(colour),
+                "pattern": {"shape": hatch, "fillmode": "overlay", "fgcolor": _HATCH, "size": 6},
+            },
+            hovertemplate="eigenvector %{x}: %{customdata:+.4g}<extra></extra>",
+        )
+    if control is not None:
+        magnitudes = [abs(value) for value in _values(control, "control")[:top]]
+        figure.add_scatter(
+            name="control",
+            x=list(range(len(magnitudes))),
+            y=magnitudes,
+            mode="lines",
+            line={"color": _GREY, "width": 2, "dash": "dot"},
+            hovertemplate="control %{x}: %{y:.4g}<extra></extra>",
+        )
+    return figure.update_layout(bargap=0.15, barmode="overlay")
+
+
+def interaction_matrix(
+    matrix: Float[Tensor, "n n"], *, labels: Sequence[str], title: str | None = None
+) -> go.Figure:
+    """Interactions between pairs of tokens, 0 in the page's own colour.
+
+    Args:
+        matrix: symmetric.
+        labels: the n tokens.
+
+    Raises:
+        ValueError: if the matrix is not square, symmetric and finite, or labels are missing.
+    """
+    if matrix.shape != (len(labels), len(labels)) or not len(labels):
+        raise ValueError(
+            f"matrix {list(matrix.shape)} and {len(labels)} labels: give [n, n] and n labels."
+        )
+    if not matrix.isfinite().all():
+        raise ValueError("matrix holds NaN or infinite entries.")
+    bound = matrix.abs().max().item() or 1.0
+    if (matrix - matrix.mT).abs().max() > 1e-4 * bound:
+        raise ValueError("matrix is not symmetric: pass (matrix + matrix.mT) / 2.")
+    names = [escape(visible(label), quote=False) for label in labels]
+    figure = _figure(title)
+    figure.add_heatmap(
+        z=matrix.tolist(),
+        zmin=-bound,
+        zmax=bound,
+        colorscale=[
+            [0, rgba(NEGATIVE)],
+            [0.5, rgba(NEGATIVE, 0)],
+            [0.5, rgba(POSITIVE, 0)],
+            [1, rgba(POSITIVE)],
+        ],
+        hovertext=[[f"{row} and {column}" for column in names] for row in names],
+        hovertemplate="%{hovertext}: %{z:+.4g}<extra></extra>",
+        colorbar={"outlinewidth": 0, "thickness": 12},
+    )
+    # numbered axes: the same token may stand twice
+    ticks = {"tickvals": list(range(len(names))), "ticktext": names, "showgrid": False}
+    figure.update_xaxes(**ticks, tickangle=-45, constrain="domain")
+    figure.update_yaxes(**ticks, autorange="reversed", scaleanchor="x", constrain="domain")
+    return figure.update_layout(height=max(360, 22 * len(names) + 140))
+
+
+def ablation_curve(
+    curve: pd.DataFrame, *, measure: str = "logit", title: str | None = None
+) -> go.Figure:
+    """An effect against the number of eigenvectors, with its bootstrap interval.
+
+    Args:
+        curve: columns `eigenvectors` ("top", "bottom" or "random"), `k`, and for the measure m
+            `m`, `m_low` and `m_high`.
+        measure: "logit" or "loss".
+
+    Raises:
+        ValueError: if a column is missing, or a kind of eigenvectors is unknown.
+    """
+    low, high = f"{measure}_low", f"{measure}_high"
+    missing = {"eigenvectors", "k", measure, low, high} - set(curve.columns)
+    if missing:
+        raise ValueError(
+            f"The curve lacks the columns {sorted(missing)}; it has {list(curve.columns)}."
+        )
+    unknown = set(curve["eigenvectors"]) - set(_KINDS)
+    if unknown:
+        raise ValueError(f"eigenvectors {sorted(unknown)} must be of {list(_KINDS)}.")
+    if curve.empty:
+        raise ValueError("The curve has no rows: ablate at least one number of eigenvectors.")
+    figure = _figure(title, x="eigenvectors", y=f"effect on the {measure}")
+    for kind, (colour, dash, symbol) in _KINDS.items():
+        rows = curve.query("eigenvectors == @kind").sort_values("k")
+        if rows.empty:
+            continue
+        x = rows["k"].clip(lower=_ZERO).tolist()
+        figure.add_scatter(
+            name=f"{kind} interval",
+            x=x + x[::-1],
+            y=rows[high].tolist() + rows[low].tolist()[::-1],
+            fill="toself",
+            fillcolor=rgba(colour, 0.18),
+            line={"width": 0},
+            legendgroup=kind,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            name=kind,
+            x=x,
+            y=rows[measure].tolist(),
+            customdata=rows[["k", low, high]].to_numpy(),
+            mode="lines+markers",
+            line={"color": rgba(colour), "dash": dash, "width": 2},
+            marker={"symbol": symbol, "size": 7},
+            legendgroup=kind,
+            hovertemplate=f"{kind} %{{customdata[0]}}: %{{y:.4g}} "
+            "(%{customdata[1]:.4g} to %{customdata[2]:.4g})<extra></extra>",
+        )
+    counts = set(curve["k"])
+    ticks = [_ZERO] * (0 in counts) + [tick for tick in _TICKS if tick <= max(counts)]
+    figure.update_xaxes(
+        type="log",
+        tickvals=ticks,
+        ticktext=["0" if tick == _ZERO else str(tick) for tick in ticks],
+    )
+    return figure
+
+
+def _values(spectrum: Spectrum, name: str) -> list[float]:
+    if spectrum.values.ndim != 1:
+        raise ValueError(
+            f"{name} holds {list(spectrum.values.shape)} eigenvalues: give that of one direction."
+        )
+    return spectrum.values.tolist()
+
+
+def _figure(title: str | None, *, x: str = "", y: str = "") -> go.Figure:
+    """An empty figure without a background of its own, in greys that any background bears."""
+    axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": _GRID, "automargin": True}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "title": {"text": escape(title or "", quote=False), "font": {"size": 16}, "x": 0.02},
+            "paper_bgcolor": "rgba(0, 0, 0, 0)",
+            "plot_bgcolor": "rgba(0, 0, 0, 0)",
+            "font": {"color": _GREY, "family": "system-ui, sans-serif", "size": 13},
+            "margin": {"l": 10, "r": 10, "t": 50 if title else 30, "b": 10},
+            "xaxis": {**axis, "title": {"text": x}, "showgrid": False},
+            "yaxis": {**axis, "title": {"text": y}},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": _GREY, "activecolor": _GREY},
+        }
+    )
