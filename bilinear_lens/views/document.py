@@ -60,9 +60,10 @@ section > p { max-width: 44em; margin: 0 0 1rem; color: var(--quiet); text-wrap:
 /* Figures come in a grey that any background bears; here the theme is known. */
 .js-plotly-plot :is(.gtitle, .xtitle, .ytitle, .legendtext, .xtick text, .ytick text, .cbaxis text,
   .cbtitle text) { fill: var(--ink) !important; }
-/* CircuitsVis draws zero as white: in the dark, turn lightness around, white to the card's colour. */
+/* CircuitsVis draws zero as white: in the dark, lightness turns around, and white is the card's. */
 .circuitsvis { padding: 0 !important; background: none !important; }
 .circuitsvis > div { padding-bottom: 0 !important; }
+.AttentionHeads { max-width: 720px; }
 @media (prefers-color-scheme: dark) { .circuitsvis { filter: invert(.9) hue-rotate(180deg); } }
 @media print { section { break-inside: avoid; } }
 """

@@ -102,8 +102,8 @@ def interaction_matrix(
         zmax=bound,
         colorscale=[
             [0, rgba(NEGATIVE)],
-            [0.5, rgba(NEGATIVE, 0)],
-            [0.5, rgba(POSITIVE, 0)],
+            [0.5, rgba(NEGATIVE, 0.0)],
+            [0.5, rgba(POSITIVE, 0.0)],
             [1, rgba(POSITIVE)],
         ],
         hovertext=[[f"{row} and {column}" for column in names] for row in names],
@@ -162,7 +162,7 @@ def ablation_curve(
             name=kind,
             x=x,
             y=rows[measure].tolist(),
-            customdata=rows[["k", low, high]].to_numpy(),
+            customdata=rows[["k", low, high]].to_numpy().tolist(),
             mode="lines+markers",
             line={"color": rgba(colour), "dash": dash, "width": 2},
             marker={"symbol": symbol, "size": 7},
@@ -190,18 +190,30 @@ def _values(spectrum: Spectrum, name: str) -> list[float]:
 
 def _figure(title: str | None, *, x: str = "", y: str = "") -> go.Figure:
     """An empty figure without a background of its own, in greys that any background bears."""
-    axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": _GRID, "automargin": True}
+    axis = {"gridcolor": _GRID, "linecolor": _GRID, "zeroline": False, "automargin": True}
     return go.Figure(
         layout={
             "template": "none",
-            "title": {"text": escape(title or "", quote=False), "font": {"size": 16}, "x": 0.02},
+            "title": {
+                "text": escape(title or "", quote=False),
+                "font": {"size": 16},
+                "x": 0,
+                "y": 1,
+                "yanchor": "top",
+                "pad": {"t": 10, "l": 10},
+            },
             "paper_bgcolor": "rgba(0, 0, 0, 0)",
             "plot_bgcolor": "rgba(0, 0, 0, 0)",
             "font": {"color": _GREY, "family": "system-ui, sans-serif", "size": 13},
-            "margin": {"l": 10, "r": 10, "t": 50 if title else 30, "b": 10},
+            "margin": {"l": 10, "r": 10, "t": 75 if title else 48, "b": 10},
             "xaxis": {**axis, "title": {"text": x}, "showgrid": False},
             "yaxis": {**axis, "title": {"text": y}},
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": _GREY, "activecolor": _GREY},
+            "modebar": {
+                "bgcolor": "rgba(0, 0, 0, 0)",
+                "color": _GREY,
+                "activecolor": _GREY,
+                "remove": ["sendChartToCloud"],
+            },
         }
     )

@@ -83,7 +83,7 @@ def _view(view: View, name: str) -> str:
                 full_html=False,
                 include_plotlyjs=False,
                 div_id=name,
-                config={"displaylogo": False, "displayModeBar": "hover"},
+                config={"displaylogo": False, "modeBarButtons": [["toImage"]]},
                 default_height="400px",
             )
         case Fragment():

@@ -30,7 +30,9 @@ _STYLE = """<style>
 }
 .lens tbody tr:last-child > td { border-bottom: 0; }
 .lens th { font-weight: 600; font-size: 12px; opacity: .8; white-space: nowrap; }
-.lens .number { width: 1%; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.lens .number {
+  width: 1%; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
+}
 .lens .meter { display: block; height: 3px; margin: 3px 0 0 auto; border-radius: 2px; }
 .lens .chip {
   display: inline-block; margin: 0 5px 5px 0; padding: 0 7px; border-radius: 6px;
@@ -42,12 +44,12 @@ _STYLE = """<style>
   .lens.eigenvectors thead { display: none; }
   .lens.eigenvectors tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: 9px 0; }
   .lens.eigenvectors tr + tr { border-top: 1px solid rgba(127, 133, 141, .25); }
-  .lens.eigenvectors td { padding: 2px 0; border: 0; text-align: left; }
+  .lens.eigenvectors td { width: auto; padding: 2px 0; border: 0; text-align: left; }
   .lens.eigenvectors td.end { grid-column: 1 / -1; }
   .lens.eigenvectors td::before {
     content: attr(data-name); display: block; font-size: 11px; opacity: .8;
   }
-  .lens .meter { margin-left: 0; }
+  .lens.eigenvectors .meter { margin-left: 0; }
 }
 </style>
 """
@@ -149,7 +151,7 @@ def _minus(number: str) -> str:
 
 
 def _largest(table: pd.DataFrame, column: str) -> float:
-    return max(map(abs, table[column]), default=0) or 1
+    return max(map(abs, table[column]), default=0.0) or 1.0
 
 
 def _check_columns(table: pd.DataFrame, columns: tuple[str, ...]) -> None:

@@ -43,8 +43,9 @@ class TokenView:
         # React replaces the line of text by the view. Outputs of a notebook may come to the page
         # in any order, so a view that comes before the script waits for it in a queue.
         return Fragment(
-            f'<div id="{name}" class="circuitsvis" style="{_CARD}">To draw this view, run a cell '
-            "with <code>from bilinear_lens.views import tokens; tokens.script()</code></div>\n"
+            f'<div id="{name}" class="circuitsvis {self.component}" style="{_CARD}">'
+            "To draw this view, run a cell with <code>from bilinear_lens.views import tokens; "
+            "tokens.script()</code></div>\n"
             "<script>{\n"
             f'const draw = () => document.getElementById("{name}") && CircuitsVis.render('
             f'"{name}", CircuitsVis.{self.component}, {script_json(dict(self.props))});\n'
