@@ -151,6 +151,7 @@ def ablation_curve(
             name=f"{kind} interval",
             x=x + x[::-1],
             y=rows[high].tolist() + rows[low].tolist()[::-1],
+            mode="lines",
             fill="toself",
             fillcolor=rgba(colour, 0.18),
             line={"width": 0},
