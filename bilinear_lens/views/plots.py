@@ -209,6 +209,7 @@ def _figure(title: str | None, *, x: str = "", y: str = "") -> go.Figure:
             "margin": {"l": 10, "r": 10, "t": 75 if title else 48, "b": 10},
             "xaxis": {**axis, "title": {"text": x}, "showgrid": False},
             "yaxis": {**axis, "title": {"text": y}},
+            "hoverlabel": {"bgcolor": "#2b2f36", "bordercolor": _GREY, "font": {"color": "white"}},
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             "modebar": {
                 "bgcolor": "rgba(0, 0, 0, 0)",

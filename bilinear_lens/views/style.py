@@ -4,7 +4,7 @@ POSITIVE = (59, 125, 216)
 NEGATIVE = (217, 85, 44)
 """Blue and vermilion: told apart by colour-blind readers, legible on white and on black.
 
-CircuitsVis colours text by sign in the same hues.
+Only CircuitsVis's text view cannot take them: it mixes white with blue (to violet) and with red.
 """
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {
