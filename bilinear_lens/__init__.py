@@ -4,6 +4,7 @@
 """
 
 from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.models.checkpoints import held_out_stories
 from bilinear_lens.analysis.interactions import InteractionTable, interactions
 from bilinear_lens.analysis.ablation import (
     ablate_eigenvectors,
@@ -18,6 +19,7 @@ from bilinear_lens.basis import Basis
 
 __all__ = [
     "HookedBilinearTransformer",
+    "held_out_stories",
     "interactions",
     "InteractionTable",
     "ablate_eigenvectors",

@@ -92,5 +92,5 @@ class Basis:
         if not 1 <= k <= len(self):
             raise ValueError(f"k={k} must be between 1 and the {len(self)} directions there are.")
         projections = self.directions @ vector.to(self.directions)
-        rows = torch.topk(projections.abs(), k).indices.tolist()
-        return [(self.labels[row], projections[row].item()) for row in rows]
+        rows: list[int] = torch.topk(projections.abs(), k).indices.tolist()
+        return [(self.labels[row], float(projections[row])) for row in rows]

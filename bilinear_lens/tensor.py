@@ -135,7 +135,9 @@ class BilinearTensor:
     def interaction(
         self, direction: Float[Tensor, "*batch {self.d_out}"] | int
     ) -> Float[Tensor, "*batch coords coords"]:
-        """The symmetric matrix `Q` with `direction . B(x) = x^T Q x`; `[d_in + 1, d_in + 1]` if affine.
+        """The symmetric matrix `Q` with `direction . B(x) = x^T Q x`.
+
+        An affine layer's is one larger than `d_in`: the last row and column are the constant's.
 
         Args:
             direction: output directions, or the number of one output coordinate.

@@ -18,7 +18,8 @@ from bilinear_lens.models.transformer import HookedBilinearTransformer, Token
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
 
-Hooks = list[tuple[str, Callable[..., Tensor | None]]]
+Hooks = list[tuple[str | Callable, Callable]]
+"""As TransformerLens types them; ours name their hook by a string."""
 
 
 def ablate_eigenvectors(
@@ -180,7 +181,7 @@ def k_reaching(curve: pd.DataFrame, share: float = 0.9, *, measure: str = "logit
     def first(rows: pd.DataFrame) -> int:
         rows = rows.sort_values("k")
         enough = rows[measure] / rows[measure].iloc[-1] >= share
-        return int(rows["k"][enough[::-1].cummin()[::-1]].iloc[0])
+        return int(rows.loc[enough[::-1].cummin()[::-1], "k"].min())
 
     return pd.Series({name: first(rows) for name, rows in curve.groupby("eigenvectors")})
 
@@ -231,7 +232,9 @@ def _random_basis(size: int, generator: torch.Generator) -> Float[Tensor, "size 
     return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
 
 
-def _within(tensor: BilinearTensor, direction: Tensor, basis: Float[Tensor, "coords k"]) -> Spectrum:
+def _within(
+    tensor: BilinearTensor, direction: Tensor, basis: Float[Tensor, "coords k"]
+) -> Spectrum:
     """The eigenpairs of the interaction restricted to a subspace with an orthonormal basis."""
     basis = basis.to(tensor.left)
     restricted = Spectrum.of(basis.mT @ tensor.interaction(direction) @ basis)

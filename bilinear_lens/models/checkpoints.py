@@ -4,10 +4,13 @@ The only file that knows foreign weight layouts. Weights are read from safetenso
 can run code.
 """
 
+import gzip
 import json
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,31 +33,40 @@ AUTHORS_TOKENIZERS = {
     "ts-4096": "tdooms/ts-tokenizer-4096",
     "mistral": "mistral-community/Mixtral-8x22B-v0.1",
 }
-"""Where the short names in the authors' configs live on the Hub; other names stand for themselves."""
+"""Where the short names in the authors' configs live on the Hub; others stand for themselves."""
 
 AUTHORS_KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear")
 
 
-def built_in_folder(name: str) -> Path:
-    """The folder of a model that ships with the package."""
+def built_in(name: str) -> Path:
+    """A model folder, or a file, that ships with the package."""
     return Path(str(files("bilinear_lens.models") / "pretrained" / name))
+
+
+def held_out_stories() -> list[str]:
+    """400 real TinyStories that the built-in models were not trained on."""
+    text = gzip.decompress(built_in("held-out-stories.txt.gz").read_bytes()).decode()
+    return [story.strip() for story in text.split("<|endoftext|>")]
 
 
 def load_checkpoint(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A Hugging Face model and its tokenizer, from a built-in name, a folder or a Hub id.
 
     The network is used for Hub ids only. Where no tokenizer can be had it is None.
 
+    Args:
+        dtype: "auto" is what the weights are saved in (float32 from the authors' layout).
+
     Raises:
         KeyError: if the name is not known.
         ValueError: if the folder is not a checkpoint, or its weights are cut short, a pickle,
-            contradict the config, or are not those of a bilinear model.
+            contradict the config.
     """
     folder, on_hub = _folder(name_or_path, revision)
     config = _read_config(folder)
@@ -64,8 +76,9 @@ def load_checkpoint(
         named_tokenizer = folder
     elif all(key in config for key in AUTHORS_KEYS):
         weights = {name: w for shard in shards for name, w in load_file(shard).items()}
-        model = from_authors_layout(config, weights).to(dtype)
-        name = config.get("tokenizer")
+        model = from_authors_layout(config, weights)
+        model = model if dtype == "auto" else model.to(dtype)  # pyright: ignore[reportArgumentType]
+        name = config.get("tokenizer") or ""
         named_tokenizer = AUTHORS_TOKENIZERS.get(name, name)
     else:
         raise ValueError(
@@ -75,6 +88,29 @@ def load_checkpoint(
     if tokenizer is not None:
         return model, _given_tokenizer(tokenizer)
     return model, _found_tokenizer(named_tokenizer, local_only=not on_hub)
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path
+) -> None:
+    """Save as a plain Hugging Face folder, which appears whole or not at all.
+
+    Raises:
+        ValueError: if `path` exists or cannot be made.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already: give a new folder, or remove it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
+            folder = Path(partial) / path.name
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            folder.rename(path)
+    except OSError as error:
+        raise ValueError(f"Cannot write {path}: {error}.") from error
 
 
 def from_authors_layout(config: dict, weights: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -168,14 +204,15 @@ def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]
     """Where the checkpoint lies on this machine, and whether it came from the Hub."""
     name = str(name_or_path)
     if name in BUILT_IN:
-        return built_in_folder(name), False
+        return built_in(name), False
     if Path(name).is_dir():
         return Path(name), False
     if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         near = get_close_matches(name, BUILT_IN, n=2, cutoff=0.3)
         raise KeyError(
             f"No model or folder {name!r}. Built-in models: {', '.join(BUILT_IN)}"
-            f"{f' (near: {near})' if near else ''}; otherwise give a folder or a Hub id (user/name)."
+            f"{f' (near: {near})' if near else ''}; otherwise give a folder or a Hub id "
+            "(user/name)."
         )
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
@@ -216,10 +253,10 @@ def _check_weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _load_hugging_face(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_hugging_face(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """The model of a folder: nothing left random, nothing left over."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (RuntimeError, OSError, KeyError) as error:
@@ -242,11 +279,9 @@ def _given_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrai
         raise ValueError(f"Cannot load the tokenizer {str(tokenizer)!r}: {error}") from error
 
 
-def _found_tokenizer(
-    name: str | Path | None, *, local_only: bool
-) -> PreTrainedTokenizerBase | None:
+def _found_tokenizer(name: str | Path, *, local_only: bool) -> PreTrainedTokenizerBase | None:
     """The checkpoint's own tokenizer, or None: only what needs strings will miss it."""
-    if name is None:
+    if not name:
         return None
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=local_only)

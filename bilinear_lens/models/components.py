@@ -11,7 +11,6 @@ from transformer_lens.model_bridge.generalized_components import GatedMLPBridge
 from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import (
     JointGateUpMLPBridge,
 )
-
 from transformers.activations import LinearActivation
 
 from bilinear_lens.tensor import BilinearTensor
@@ -44,7 +43,7 @@ class BilinearMLPBridge(GatedMLPBridge):
 class JointBilinearMLPBridge(JointGateUpMLPBridge, BilinearMLPBridge):
     """The same where one weight holds both input projections, as in Phi-3."""
 
-    forward = BilinearMLPBridge.forward
+    forward = BilinearMLPBridge.forward  # pyright: ignore[reportAssignmentType]
 
 
 def check_bilinear(model: nn.Module, adapter: ArchitectureAdapter) -> None:
@@ -53,17 +52,17 @@ def check_bilinear(model: nn.Module, adapter: ArchitectureAdapter) -> None:
     Raises:
         ValueError: if its MLPs are plain, a mixture of experts, or gated through an activation.
     """
-    blocks = adapter.components.get("blocks")
-    mlp = None if blocks is None else blocks.submodules.get("mlp")
+    blocks = adapter.components["blocks"] if adapter.components else None
+    mlp = blocks.submodules.get("mlp") if blocks else None
     name = type(model).__name__
-    if mlp is None or not isinstance(mlp, GatedMLPBridge):
+    if blocks is None or not isinstance(mlp, GatedMLPBridge):
         kind = "none" if mlp is None else type(mlp).__name__
         mixture = "mixture-of-experts" if "MoE" in kind else "plain"
         raise ValueError(
             f"{name} has {mixture} MLPs ({kind}); a bilinear lens needs gated MLPs with a linear "
             'gate, such as LlamaForCausalLM with hidden_act="linear".'
         )
-    for layer, block in enumerate(model.get_submodule(str(blocks.name))):
+    for layer, block in enumerate(model.get_submodule(str(blocks.name)).children()):
         for child_name, child in block.get_submodule(str(mlp.name)).named_children():
             if "act" in child_name and not isinstance(child, (nn.Identity, LinearActivation)):
                 raise ValueError(

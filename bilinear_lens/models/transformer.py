@@ -7,11 +7,9 @@
 """
 
 import copy
-from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -31,7 +29,7 @@ from transformers import (
 )
 
 from bilinear_lens.basis import Basis
-from bilinear_lens.models.checkpoints import load_checkpoint
+from bilinear_lens.models.checkpoints import load_checkpoint, save_checkpoint
 from bilinear_lens.models.components import (
     check_bilinear,
     check_finite,
@@ -56,7 +54,7 @@ class HookedBilinearTransformer(TransformerBridge):
         *,
         revision: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         fold: bool = True,
     ) -> "HookedBilinearTransformer":
@@ -67,6 +65,7 @@ class HookedBilinearTransformer(TransformerBridge):
                 `tinystories-4l`), a local folder, or a Hugging Face Hub id. A folder holds a stock
                 Hugging Face model or the layout of the paper's authors; weights are safetensors.
             revision: branch, tag or commit on the Hub.
+            dtype: "auto" is what the weights are saved in.
             tokenizer: replaces the checkpoint's own: an object, a folder or a name.
             fold: as in `from_hf`.
 
@@ -79,7 +78,10 @@ class HookedBilinearTransformer(TransformerBridge):
             name_or_path, revision=revision, dtype=dtype, tokenizer=tokenizer
         )
         return cls.from_hf(
-            model.to(device), loaded_tokenizer, name=Path(name_or_path).name, fold=fold
+            model.to(device),  # pyright: ignore[reportArgumentType]
+            loaded_tokenizer,
+            name=Path(name_or_path).name,
+            fold=fold,
         )
 
     @classmethod
@@ -149,20 +151,9 @@ class HookedBilinearTransformer(TransformerBridge):
             ValueError: if `path` exists or cannot be made, or if the folded weights cannot be
                 expressed in this architecture (then load with `fold=False` and save that).
         """
-        path = Path(path)
-        if path.exists():
+        if Path(path).exists():
             raise ValueError(f"{path} exists already: give a new folder, or remove it.")
-        plain = self._plain_model()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
-                folder = Path(partial) / path.name
-                plain.save_pretrained(folder)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(folder)
-                folder.rename(path)
-        except OSError as error:
-            raise ValueError(f"Cannot write {path}: {error}.") from error
+        save_checkpoint(self._plain_model(), self.tokenizer, path)
 
     @property
     def folded(self) -> bool:
@@ -336,7 +327,7 @@ class HookedBilinearTransformer(TransformerBridge):
     def _plain_model(self) -> PreTrainedModel:
         """A Hugging Face model with the current weights, not wrapped."""
         wrapped = self.original_model
-        config = copy.deepcopy(wrapped.config)
+        config: PretrainedConfig = copy.deepcopy(wrapped.config)  # pyright: ignore
         if self.folded:  # the unembedding was centred and took the final norm's gain
             config.tie_word_embeddings = False
         plain = AutoModelForCausalLM.from_config(config).to(wrapped.dtype).eval()
@@ -355,5 +346,3 @@ class HookedBilinearTransformer(TransformerBridge):
                 f"{(actual - expected).abs().max():.2g}). Load it with fold=False and save that."
             )
         return plain
-
-

@@ -75,10 +75,9 @@ class LanguageRecipe:
             hidden_act=self.activation,
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, token, getattr(tokenizer, token))
         return LlamaForCausalLM(config)
 
 
@@ -142,7 +141,7 @@ def train_language(
     for activation, (folder, planned) in recipes.items():
         trainer = _trainer(folder, planned, windows, held_out_windows, tok)
         trainer.train(resume_from_checkpoint=resume and get_last_checkpoint(_checkpoints(folder)))
-        model = trainer.model.to(torch.bfloat16)  # pyright: ignore[reportOptionalMemberAccess]
+        model = trainer.model.to(torch.bfloat16)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
         trainer.model = trainer.model_wrapped = model  # the loss of what is saved
         per_token = trainer.evaluate()["eval_loss"]
         losses[activation] = HeldOutLoss(per_token, per_token * tokens_per_byte)

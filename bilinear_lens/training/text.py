@@ -73,9 +73,13 @@ def pack(
         ValueError: if the stories do not fill one window.
     """
     first = tokenizer.bos_token_id
+    if not isinstance(first, int):
+        raise ValueError("The tokenizer has no first token (bos_token): set one, such as its end.")
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded: list[list[int]] = tokenizer(
+            batch["text"], add_special_tokens=False, verbose=False
+        )["input_ids"]  # pyright: ignore[reportAssignmentType]
         return {"input_ids": [[first, *ids] for ids in encoded]}
 
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:

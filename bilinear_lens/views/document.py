@@ -51,6 +51,7 @@ section > h2 {
   overflow-wrap: anywhere;
 }
 section > p { max-width: 44em; margin: 0 0 1rem; color: var(--quiet); text-wrap: pretty; }
+.words { margin: 0; white-space: pre-line; }
 .card {
   min-width: 0; padding: clamp(8px, 1.6vw, 20px); border: 1px solid var(--line);
   border-radius: 12px; background: var(--card);

@@ -89,4 +89,4 @@ def _view(view: View, name: str) -> str:
         case Fragment():
             return view
         case _:
-            return f"<p>{escape(view)}</p>"
+            return f'<p class="words">{escape(view)}</p>'

@@ -1,5 +1,6 @@
 """Tables of tokens as HTML: an eigenvector a row, the tokens at both its ends as shaded chips."""
 
+import math
 from html import escape
 
 import pandas as pd
@@ -58,8 +59,8 @@ _STYLE = """<style>
 def eigenvectors(table: pd.DataFrame) -> Fragment:
     """One row for each eigenvector: its value, its share, and the tokens at both its ends.
 
-    A chip's colour is the sign of the token's projection, its shade the size; hovering it shows
-    projection and contribution.
+    A chip's colour is the sign of what its token adds, its shade the size of the projection;
+    hovering it shows projection and contribution.
 
     Args:
         table: a row for each token, with the columns `eigenvector` (from 0), `value`, `share`
@@ -79,7 +80,8 @@ def eigenvectors(table: pd.DataFrame) -> Fragment:
         chips = {"+": "", "-": ""}
         for row in tokens.to_dict("records"):
             note = f"projection {row['projection']:+.3g}, contribution {row['contribution']:+.3g}"
-            chips[row["end"]] += _chip(row["token"], row["projection"], largest_projection, note)
+            shade = math.copysign(row["projection"], row["contribution"])
+            chips[row["end"]] += _chip(row["token"], shade, largest_projection, note)
         value, share = tokens["value"].iloc[0], tokens["share"].iloc[0]
         rows.append(
             f'<tr><td class="number" data-name="eigenvector">{number}</td>'

@@ -1,0 +1,244 @@
+"""`bilinear-lens`: commands that parse, call the library, and print."""
+
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import bilinear_lens as bl
+from bilinear_lens.models.checkpoints import load_checkpoint, save_checkpoint
+from bilinear_lens.pages import passage, token_page
+from bilinear_lens.training.language import LanguageRecipe, train_language
+from bilinear_lens.training.text import read_stories
+from bilinear_lens.views.report import save_page
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Read bilinear transformers from their weights: the eigenvectors of what each MLP writes.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train models.")
+app.add_typer(train, name="train")
+console = Console(highlight=False)
+
+STORY = "Once upon a time, there was a little"
+CURVE_TEXTS = 200
+"""Documents for an ablation curve: enough for an interval, few enough for a minute."""
+
+
+def main() -> None:
+    """The entry point: a fault of the input is one line and exit code 2."""
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        app()
+    except (ValueError, KeyError) as error:
+        message = " ".join(str(error.args[0] if error.args else error).split())
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error:[/] {escape(message)}", soft_wrap=True
+        )
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("report.html"),
+) -> None:
+    """Read the token " girl" in a model that ships with the package, and prove it by ablation.
+
+    Needs no network. Takes about a minute on two cores.
+    """
+    _explain("tinystories-1l", " girl", layer=0, k=8, contrast="mean", out=out, text=None)
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in model (tinystories-1l, tinystories-4l), a folder or a "
+            "Hugging Face Hub id."
+        ),
+    ],
+    token: Annotated[
+        str, typer.Argument(help="The output token; quote it, most begin with a space: ' girl'.")
+    ],
+    layer: Annotated[int, typer.Option(help="Whose MLP, from 0.")] = 0,
+    k: Annotated[int, typer.Option(help="How many eigenvectors.")] = 8,
+    contrast: Annotated[
+        str, typer.Option(help="A token to measure against; the mean over all tokens otherwise.")
+    ] = "mean",
+    out: Annotated[
+        Path | None, typer.Option(help="Also ablate, on text, and write a page there (.html).")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text for the page, .txt or .txt.gz, documents separated by "
+            "<|endoftext|>; held-out TinyStories otherwise."
+        ),
+    ] = None,
+) -> None:
+    """Print what a layer listens for when it writes TOKEN; with --out, write a page about it.
+
+    Example: bilinear-lens explain tinystories-1l ' she' --contrast ' he' --out she.html
+    """
+    _explain(model, token, layer=layer, k=k, contrast=contrast, out=out, text=text)
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="A folder or Hub id, in any layout that loads.")],
+    dst: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Write a checkpoint as a plain Hugging Face folder.
+
+    Reads the layout of the bilinear papers' authors, too. The result loads with
+    AutoModelForCausalLM, needs no remote code, and gives the same logits.
+    """
+    if dst.exists():
+        raise ValueError(f"{dst} exists already: give a new folder, or remove it.")
+    model, tokenizer = load_checkpoint(src, dtype="auto")
+    save_checkpoint(model, tokenizer, dst)
+    note = "" if tokenizer else " (without a tokenizer: none could be had)"
+    console.print(f"Wrote {escape(str(dst))}{note}")
+
+
+@train.command()
+def language(
+    out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="Training text, .txt or .txt.gz, documents separated by <|endoftext|>. "
+            "May be repeated."
+        ),
+    ],
+    held_out: Annotated[list[Path], typer.Option(help="Text for the reported loss.")],
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = LanguageRecipe.n_layers,
+    d_model: Annotated[int, typer.Option(help="Width.")] = LanguageRecipe.d_model,
+    d_mlp: Annotated[int, typer.Option(help="Hidden width of the MLPs.")] = LanguageRecipe.d_mlp,
+    heads: Annotated[int, typer.Option(help="Attention heads a layer.")] = LanguageRecipe.n_heads,
+    n_ctx: Annotated[int, typer.Option(help="Context, in tokens.")] = LanguageRecipe.n_ctx,
+    vocab_size: Annotated[
+        int, typer.Option(help="Tokens of the BPE tokenizer trained on the text.")
+    ] = LanguageRecipe.vocab_size,
+    activation: Annotated[
+        str, typer.Option(help="Of the gate: linear (bilinear), silu, relu or gelu.")
+    ] = LanguageRecipe.activation,
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = LanguageRecipe.epochs,
+    batch_size: Annotated[
+        int, typer.Option(help="Windows of n-ctx tokens a step.")
+    ] = LanguageRecipe.batch_size,
+    lr: Annotated[
+        float, typer.Option(help="Highest learning rate.")
+    ] = LanguageRecipe.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's; more of it makes spectra steeper.")
+    ] = LanguageRecipe.weight_decay,
+    seed: Annotated[int, typer.Option(help="Of initialisation and order.")] = LanguageRecipe.seed,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with a tokenizer to use instead.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Also train a SwiGLU model the same way, to compare.")
+    ] = False,
+) -> None:
+    """Train a small bilinear language model on text files.
+
+    Example: bilinear-lens train language my-model --text stories.txt --held-out others.txt
+    """
+    losses = train_language(
+        out,
+        text=text,
+        held_out=held_out,
+        recipe=LanguageRecipe(
+            n_layers=layers,
+            d_model=d_model,
+            d_mlp=d_mlp,
+            n_heads=heads,
+            n_ctx=n_ctx,
+            vocab_size=vocab_size,
+            activation=activation,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=lr,
+            weight_decay=weight_decay,
+            seed=seed,
+        ),
+        tokenizer=tokenizer,
+        resume=resume,
+        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+        twin=twin,
+    )
+    for gate, loss in losses.items():
+        console.print(
+            f"{gate}: held-out loss {loss.per_token:.4f} nats per token, "
+            f"{loss.per_byte:.4f} per byte"
+        )
+    console.print(f"Wrote {escape(str(out))}")
+
+
+def _explain(
+    name: str,
+    token: str,
+    *,
+    layer: int,
+    k: int,
+    contrast: str,
+    out: Path | None,
+    text: Path | None,
+) -> None:
+    if out is not None:
+        _check_writable(out)
+    model = bl.HookedBilinearTransformer.from_pretrained(name)
+    table = bl.interactions(model, token, layer=layer, k=k, contrast=contrast)
+    console.print(repr(table), markup=False, soft_wrap=True)
+    if out is None:
+        return
+    documents = read_stories([text]) if text else bl.held_out_stories()
+    torch.manual_seed(0)
+    generated = str(model.generate(STORY, max_new_tokens=80, temperature=0.7, verbose=False))
+    console.print("\n[bold]The model writes[/]\n" + escape(generated))
+    curve = bl.ablation_curve(model, token, documents[:CURVE_TEXTS], layer=layer, contrast=contrast)
+    console.print("\n[bold]Ablation[/]: change of the token's logit where it is the right answer")
+    effects = curve.pivot(index="k", columns="eigenvectors", values="logit").round(2)
+    effects.columns.name = None
+    console.print(
+        effects.to_string(),
+        markup=False,
+    )
+    reached = bl.k_reaching(curve)
+    console.print(
+        f"90 % of the effect: top {reached['top']}, random {reached['random']}, "
+        f"bottom {reached['bottom']} eigenvectors"
+    )
+    page = token_page(
+        model,
+        table,
+        curve=curve,
+        read=passage(model, documents, model.token_id(token)),
+        generated=generated,
+    )
+    save_page(out, page)
+    console.print(f"\nWrote {escape(str(out.resolve()))}: open it in a browser.")
+
+
+def _check_writable(file: Path) -> None:
+    """Before the work, not after it."""
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(
+            f"Cannot write {file}: name a file in a folder that exists and that you may write."
+        )

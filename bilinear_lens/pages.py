@@ -1,0 +1,118 @@
+"""The page of a token: its table, its spectrum, a text that it listens to, and its ablation."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bilinear_lens.analysis.interactions import InteractionTable, random_spectrum
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.views import plots, tables, tokens
+from bilinear_lens.views.report import Section, page
+
+N_PAIRED = 1
+"""How many tokens at each end of each eigenvector the matrix of interactions shows."""
+
+
+def passage(
+    model: HookedBilinearTransformer, text: Sequence[str], answer: int, *, n_tokens: int = 40
+) -> Int[Tensor, " n_tokens"]:
+    """The beginning of the document in which `answer` comes most often by then."""
+    if model.tokenizer is None:
+        raise ValueError("This model has no tokenizer: load it with tokenizer=...")
+    encoded = model.tokenizer(list(text), add_special_tokens=False, verbose=False)["input_ids"]
+    beginnings = [ids[: min(n_tokens, model.cfg.n_ctx) - 1] for ids in encoded]
+    chosen = max(beginnings, key=lambda ids: ids.count(answer))
+    return torch.tensor([model.tokenizer.bos_token_id, *chosen])
+
+
+def token_page(
+    model: HookedBilinearTransformer,
+    table: InteractionTable,
+    *,
+    curve: pd.DataFrame,
+    read: Int[Tensor, " n_tokens"],
+    generated: str,
+) -> str:
+    """A self-contained HTML page about one output of one layer.
+
+    Args:
+        curve: of the same output, from `ablation_curve`.
+        read: tokens of a text, to be coloured by the eigenvectors' activations.
+        generated: text that the model wrote.
+    """
+    frame = table.to_pandas()
+    mlp_in = f"blocks.{table.layer}.mlp.hook_in"
+    pattern = f"blocks.{table.layer}.attn.hook_pattern"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(read[None], names_filter=[mlp_in, pattern])
+    words = [model.token_labels[token] for token in read.tolist()]
+    names = [f"{i} ({value:+.2g})" for i, value in enumerate(table.spectrum.values.tolist())]
+    whole = Spectrum.of(table.interaction)
+    random = random_spectrum(model.bilinear_tensor(table.layer), seed=0)
+    random = Spectrum(random.values * whole.values.norm() / random.values.norm(), random.vectors)
+    strongest = frame.groupby(["eigenvector", "end"]).head(N_PAIRED)["token_id"].unique().tolist()
+    chosen = table.tokens[strongest]
+    directions = chosen.directions
+    d_model = directions.shape[1]
+    matrix = directions @ table.interaction[:d_model, :d_model] @ directions.mT
+    return page(
+        f"What writes {table.output}",
+        lead=f"{table.header}. Everything here but the coloured text, the attention and the "
+        "ablation is read from the weights.",
+        sections=[
+            Section(
+                "Eigenvectors",
+                "The input patterns that write this output, strongest first: a positive eigenvalue "
+                "raises it, a negative one lowers it, whichever end the input lies at. Chips are "
+                "the tokens whose embeddings lie furthest at each end: blue raises, red lowers.",
+                tables.eigenvectors(frame),
+            ),
+            Section(
+                "Spectrum",
+                "Eigenvalues by magnitude, beside those of Gaussian weights of the same shape, "
+                "scaled to the same total.",
+                plots.spectrum(whole, control=random),
+            ),
+            Section(
+                "Pairs of tokens",
+                "The strongest interactions between two tokens of the whole vocabulary, and all "
+                "interactions between the tokens at the eigenvectors' ends.",
+                [
+                    tables.pairs(table.pairs(12)),
+                    plots.interaction_matrix(matrix, labels=chosen.labels),
+                ],
+            ),
+            Section(
+                "On text",
+                "A text that the model was not trained on. Blue raises the output, red lowers it: "
+                "choose an eigenvector, and point at a token for the value.",
+                tokens.text(words, table.spectrum.activations(cache[mlp_in][0]), labels=names),
+            ),
+            Section(
+                "Attention",
+                f"Where the heads of layer {table.layer} look in the same text: the MLP reads what "
+                "they bring, besides the token itself.",
+                tokens.attention(
+                    words,
+                    cache[pattern][0],
+                    labels=[f"L{table.layer}H{head}" for head in range(model.cfg.n_heads)],
+                ),
+            ),
+            Section(
+                "Ablation",
+                f"Is the table true? On {curve['n_positions'].iloc[0]} positions of held-out text "
+                "where the token is the right answer, k eigenvectors are taken out of the running "
+                "model. Controls: those of smallest magnitude, and random orthonormal directions. "
+                "Bands are 95 % bootstrap intervals.",
+                [
+                    plots.ablation_curve(curve, measure="logit", title="Change of the logit"),
+                    plots.ablation_curve(curve, measure="loss", title="Change of the loss (nats)"),
+                ],
+            ),
+            Section("The model writes", "Sampled at temperature 0.7.", generated),
+        ],
+    )
