@@ -40,7 +40,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        app()
+        app(prog_name="bilinear-lens")
     except (ValueError, KeyError) as error:
         message = " ".join(str(error.args[0] if error.args else error).split())
         Console(stderr=True, highlight=False).print(
@@ -152,6 +152,9 @@ def language(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="The text's name, origin and licence, for the model card.")
+    ] = None,
     twin: Annotated[
         bool, typer.Option("--twin", help="Also train a SwiGLU model the same way, to compare.")
     ] = False,
@@ -181,6 +184,7 @@ def language(
         tokenizer=tokenizer,
         resume=resume,
         command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+        data=data,
         twin=twin,
     )
     for gate, loss in losses.items():

@@ -127,7 +127,7 @@ class BilinearTensor:
             self.affine,
         )
 
-    def __mul__(self, factor: float) -> "BilinearTensor":
+    def __mul__(self, factor: float | int) -> "BilinearTensor":
         return BilinearTensor(self.left, self.right, self.down * factor, self.affine)
 
     __rmul__ = __mul__

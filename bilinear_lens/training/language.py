@@ -76,8 +76,10 @@ class LanguageRecipe:
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
         )
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, token, getattr(tokenizer, token))
+        # No pad token: Llama would freeze its embedding at zero, and it is the first token, too.
+        tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": None}
+        for name, token in tokens.items():
+            setattr(config, f"{name}_token_id", token)
         return LlamaForCausalLM(config)
 
 
@@ -128,7 +130,7 @@ def train_language(
     if twin:
         recipes["silu"] = (Path(f"{out}-swiglu"), replace(recipe, activation="silu"))
     for folder, planned in recipes.values():
-        _check_folders(folder, planned, resume)
+        _check_free(folder, planned, resume)
     stories, held_out_stories = read_stories(text), read_stories(held_out)
     if tokenizer is None:
         tok = train_tokenizer(stories, vocab_size=recipe.vocab_size, n_ctx=recipe.n_ctx)
@@ -136,6 +138,8 @@ def train_language(
         tok = AutoTokenizer.from_pretrained(tokenizer)
     windows, _ = pack(stories, tok, n_ctx=recipe.n_ctx)
     held_out_windows, tokens_per_byte = pack(held_out_stories, tok, n_ctx=recipe.n_ctx)
+    for folder, planned in recipes.values():
+        _begin(folder, planned)
 
     losses, models = {}, {}
     for activation, (folder, planned) in recipes.items():
@@ -170,27 +174,29 @@ def _checkpoints(out: Path) -> Path:
     return Path(f"{out}.checkpoints")
 
 
-def _check_folders(out: Path, recipe: LanguageRecipe, resume: bool) -> None:
+def _check_free(out: Path, recipe: LanguageRecipe, resume: bool) -> None:
     """Refuse a folder in use, and checkpoints that this run cannot go on from."""
     if out.exists():
         raise ValueError(f"{out} exists already: give a new folder, or remove it.")
+    note = _checkpoints(out) / "recipe.json"
+    if note.exists() and not resume:
+        raise ValueError(
+            f"{note.parent} holds an unfinished run: resume it (resume=True, --resume), or remove "
+            "that folder."
+        )
+    if note.exists() and json.loads(note.read_text()) != asdict(recipe):
+        raise ValueError(
+            f"{note.parent} holds a run of another recipe: resume with the options in {note}, or "
+            "remove that folder."
+        )
+
+
+def _begin(out: Path, recipe: LanguageRecipe) -> None:
+    """Make the folder of checkpoints, which says what recipe they are of."""
     checkpoints = _checkpoints(out)
-    note = checkpoints / "recipe.json"
-    if note.exists():
-        if not resume:
-            raise ValueError(
-                f"{checkpoints} holds an unfinished run: resume it (resume=True, --resume), "
-                "or remove that folder."
-            )
-        if json.loads(note.read_text()) != asdict(recipe):
-            raise ValueError(
-                f"{checkpoints} holds a run of another recipe: resume with the options in {note}, "
-                "or remove that folder."
-            )
-        return
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(asdict(recipe), indent=1))
+        (checkpoints / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     except OSError as error:
         raise ValueError(f"Cannot write to {checkpoints}: {error}.") from error
 

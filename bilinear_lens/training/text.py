@@ -1,7 +1,7 @@
 """Text for language models: read stories, train a tokenizer on them, pack them into windows."""
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -76,13 +76,13 @@ def pack(
     if not isinstance(first, int):
         raise ValueError("The tokenizer has no first token (bos_token): set one, such as its end.")
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    def encode(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded: list[list[int]] = tokenizer(
             batch["text"], add_special_tokens=False, verbose=False
         )["input_ids"]  # pyright: ignore[reportAssignmentType]
         return {"input_ids": [[first, *ids] for ids in encoded]}
 
-    def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    def cut(batch: Mapping[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         stream = [token for ids in batch["input_ids"] for token in ids]
         windows = [stream[i : i + n_ctx] for i in range(0, len(stream) - n_ctx + 1, n_ctx)]
         return {"input_ids": windows, "labels": windows}

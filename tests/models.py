@@ -1,0 +1,68 @@
+"""Tiny random models: every architecture, all sizes different."""
+
+import copy
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2}
+DECOUPLED = {**GROUPED, "head_dim": 8}  # heads together wider than the model
+LINEAR = {"hidden_act": "linear"}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, **DECOUPLED, **LINEAR),
+    "llama-biases": LlamaConfig(**SIZES, **LINEAR, mlp_bias=True, attention_bias=True),
+    "mistral": MistralConfig(**SIZES, **DECOUPLED, **LINEAR),
+    "qwen2-tied": Qwen2Config(**SIZES, **GROUPED, **LINEAR, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, **DECOUPLED, **LINEAR),
+    "gemma-tied": GemmaConfig(**SIZES, **DECOUPLED, **LINEAR, hidden_activation="linear"),
+    "gemma2-tied": Gemma2Config(**SIZES, **DECOUPLED, hidden_activation="linear"),
+    "gemma3-tied": Gemma3TextConfig(**SIZES, **DECOUPLED, hidden_activation="linear"),
+    "olmo2": Olmo2Config(**SIZES, **GROUPED, **LINEAR),
+    "granite": GraniteConfig(**SIZES, **GROUPED, **LINEAR),
+    "phi3": Phi3Config(**SIZES, **GROUPED, **LINEAR),
+}
+
+
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """Large weights, gains and biases, so that a part left out or taken twice shows."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(1 + 0.3 * noise)
+            else:
+                weight.copy_(noise if "bias" in name else 0.1 * noise)
+    return model
+
+
+def some_tokens(seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, SIZES["vocab_size"], (2, 11), generator=generator)

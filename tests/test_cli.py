@@ -1,0 +1,111 @@
+"""The commands: what they print and write, and errors as one line with exit code 2."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import CONFIGS, random_model
+from test_checkpoints import AUTHORS, authors_weights, write
+from transformers import AutoModelForCausalLM
+
+import bilinear_lens as bl
+from bilinear_lens import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command line in a folder of its own; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bilinear-lens", *shlex.split(line)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return command
+
+
+def test_the_demo_shows_a_table_its_proof_and_a_page(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "CURVE_TEXTS", 20)  # the whole demo is the README's first command
+    code, out, _ = run("demo")
+    assert code == 0
+    assert "' girl' - mean, written by layer 0 of tinystories-1l" in out
+    assert "effective rank" in out and "Once upon a time" in out
+    assert "90 % of the effect" in out and str(tmp_path / "report.html") in out.replace("\n", "")
+    page = (tmp_path / "report.html").read_text()
+    for heading in ("Eigenvectors", "Spectrum", "Pairs of tokens", "On text", "Ablation"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count("window.CircuitsVis = CircuitsVis") == 1
+
+
+def test_explain_prints_a_table_and_writes_nothing(run, tmp_path):
+    code, out, _ = run("explain tinystories-4l ' she' --contrast ' he' --layer 3 --k 2")
+    assert code == 0 and "' she' - ' he', written by layer 3 of tinystories-4l" in out
+    assert len(out.strip().splitlines()) == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_writes_a_plain_hugging_face_folder(run, tmp_path):
+    write(tmp_path / "theirs", AUTHORS, authors_weights(AUTHORS))
+    code, out, _ = run("convert theirs ours")
+    assert code == 0 and "Wrote ours (without a tokenizer" in out
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert plain.config.hidden_act == "linear"
+    assert run("convert theirs ours")[0] == 2
+
+
+def test_train_language_makes_a_model_that_loads(run, tmp_path):
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:12]))
+    sizes = "--layers 1 --d-model 24 --d-mlp 28 --heads 3 --n-ctx 32 --vocab-size 300 --epochs 1"
+    line = (
+        f"train language model --text text.txt --held-out text.txt {sizes} --data 'A few stories'"
+    )
+    code, out, err = run(line)
+    assert code == 0, err
+    assert "linear: held-out loss" in out
+    assert bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model").cfg.n_layers == 1
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "**Data**: A few stories." in card and f"bilinear-lens {line}" in card
+
+
+def test_errors_are_one_line_with_exit_code_2(run, tmp_path):
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "mute")
+    swiglu = json.loads((tmp_path / "mute" / "config.json").read_text()) | {"hidden_act": "silu"}
+    before = {path.name for path in tmp_path.iterdir()}
+    cases = {
+        "explain tinystories ' girl'": "No model or folder 'tinystories'",
+        "explain tinystories-1l girlfriend": "'girlfriend' is not one token",
+        "explain tinystories-1l ' girl' --layer 1": "layer=1 must be between 0 and 0",
+        "explain tinystories-1l ' girl' --k 0": "k=0 must be",
+        "explain tinystories-1l ' girl' --out no/such.html": "Cannot write no/such.html",
+        "explain tinystories-1l ' yacht' --out page.html": "never the right answer",
+        "explain mute ' girl'": "has no tokenizer",
+        "train language x --text no.txt --held-out no.txt": "Cannot read no.txt",
+        "convert nothing somewhere": "No model or folder 'nothing'",
+    }
+    for line, expected in cases.items():
+        code, _, err = run(line)
+        assert (code, err.startswith("error: "), err.count("\n")) == (2, True, 1), err
+        assert expected in err
+    (tmp_path / "mute" / "config.json").write_text(json.dumps(swiglu))
+    assert "bilinearize" in run("explain mute ' girl'")[2]
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["", "demo", "explain", "convert", "train", "train language"])
+def test_help_teaches(run, command):
+    code, out, _ = run(f"{command} --help")
+    assert code == 0 and "Usage: bilinear-lens" in out
+    if command in ("explain", "train language"):
+        assert "Example: bilinear-lens" in out
+
+
+def test_the_installed_command_runs():
+    installed = Path(sys.executable).with_name("bilinear-lens")
+    done = subprocess.run([installed, "explain", "x", "y"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: No model")

@@ -1,0 +1,168 @@
+"""Training small language models: the loss falls, a run resumes, bad input costs no work."""
+
+import gzip
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bilinear_lens as bl
+from bilinear_lens.training import language
+from bilinear_lens.training.language import LanguageRecipe, train_language
+from bilinear_lens.training.text import pack, read_stories, train_tokenizer
+
+RECIPE = LanguageRecipe(
+    n_layers=1,
+    d_model=24,
+    d_mlp=28,
+    n_heads=3,
+    n_ctx=32,
+    vocab_size=300,
+    epochs=4.0,
+    batch_size=8,
+    learning_rate=1e-2,
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, list]:
+    folder = tmp_path_factory.mktemp("text")
+    stories = bl.held_out_stories()
+    (folder / "train.txt").write_text("<|endoftext|>".join(stories[:30]))
+    with gzip.open(folder / "held-out.txt.gz", "wt") as stream:
+        stream.write("<|endoftext|>".join(stories[30:40]))
+    return {"text": [folder / "train.txt"], "held_out": [folder / "held-out.txt.gz"]}
+
+
+def test_a_trained_model_has_learned_and_is_bilinear(texts, tmp_path):
+    losses = train_language(tmp_path / "model", recipe=RECIPE, twin=True, command="run me", **texts)
+    assert set(losses) == {"linear", "silu"}
+    for loss in losses.values():
+        assert loss.per_token < 0.8 * math.log(300)
+        assert loss.per_byte < loss.per_token
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-swiglu"]
+    model = bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model", dtype="auto")
+    assert model.W_E.dtype == torch.bfloat16
+    assert model.W_E[0].any()  # the first token of a text is trained, too
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"{losses['linear'].per_token:.4f}" in card and f"{losses['silu'].per_byte:.4f}" in card
+    assert "run me" in card and "bilinear, this model" in card
+    with pytest.raises(ValueError, match="bilinearize"):
+        bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model-swiglu")
+
+
+def test_the_reported_loss_is_that_of_the_saved_model(texts, tmp_path):
+    losses = train_language(tmp_path / "model", recipe=RECIPE, **texts)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    stories = read_stories(texts["held_out"])
+    windows, tokens_per_byte = pack(stories, tokenizer, n_ctx=32)
+    tokens = torch.tensor(windows["input_ids"])
+    with torch.no_grad():
+        loss = plain(tokens, labels=tokens).loss.item()
+    assert losses["linear"].per_token == pytest.approx(loss, abs=0.02)  # evaluated in bfloat16
+    n_tokens = sum(len(tokenizer(story)["input_ids"]) + 1 for story in stories)
+    n_bytes = sum(len(story.encode()) for story in stories)
+    assert tokens_per_byte == pytest.approx(n_tokens / n_bytes)
+    assert losses["linear"].per_byte == pytest.approx(
+        losses["linear"].per_token * n_tokens / n_bytes
+    )
+
+
+class Stopped(Exception):
+    """In place of a power cut."""
+
+
+def test_a_run_that_was_cut_off_resumes_to_the_same_model(texts, tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(read_stories(texts["text"]), vocab_size=300, n_ctx=32)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {"recipe": RECIPE, "tokenizer": tmp_path / "tokenizer", **texts}
+    whole = train_language(tmp_path / "whole", **options)
+
+    class Interrupted(language.Trainer):
+        def _maybe_log_save_evaluate(self, *args, **kwargs):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if self.state.global_step > 0.5 * self.state.max_steps:
+                raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(language, "Trainer", Interrupted)
+        train_language(tmp_path / "cut", **options)
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(ValueError, match="resume"):
+        train_language(tmp_path / "cut", **options)
+    other = options | {"recipe": LanguageRecipe(**(vars(RECIPE) | {"seed": 1}))}
+    with pytest.raises(ValueError, match="another recipe"):
+        train_language(tmp_path / "cut", resume=True, **other)
+    resumed = train_language(tmp_path / "cut", resume=True, **options)
+    assert resumed["linear"].per_token == pytest.approx(whole["linear"].per_token, abs=5e-3)
+    assert not (tmp_path / "cut.checkpoints").exists()
+
+
+def test_the_tokenizer_encodes_every_text_and_words_with_their_space(texts):
+    tokenizer = train_tokenizer(read_stories(texts["text"]), vocab_size=300, n_ctx=32)
+    assert len(tokenizer) == 300
+    for text in ("The bird said héllo.", "\x00\t日本", " a  b\n"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" the")["input_ids"]) == ["Ġthe"]
+
+
+def test_windows_hold_the_stories_in_order(texts):
+    stories = ["One two.", "Three.", "Four five six."]
+    tokenizer = train_tokenizer(read_stories(texts["text"]), vocab_size=300, n_ctx=32)
+    windows, _ = pack(stories, tokenizer, n_ctx=5)
+    stream = [token for window in windows["input_ids"] for token in window]
+    text = "<|endoftext|>" + "<|endoftext|>".join(stories)
+    assert text.startswith(tokenizer.decode(stream))
+    assert all(len(window) == 5 for window in windows["input_ids"])
+    assert windows["labels"] == windows["input_ids"]
+
+
+def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "_trainer", lambda *args: pytest.fail("work has begun"))
+
+    def fault(out="model", recipe=RECIPE, **change) -> str:
+        with pytest.raises(ValueError) as caught:
+            train_language(tmp_path / out, recipe=recipe, **(texts | change))
+        return str(caught.value)
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "blank.txt").write_text(" <|endoftext|> ")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
+    (tmp_path / "short.txt").write_text("A cat.")
+    assert "exists already" in fault("there")
+    assert "Cannot write" in fault("file/model")
+    assert "Cannot read" in fault(text=[tmp_path / "nothing.txt"])
+    assert "No text in" in fault(text=[tmp_path / "blank.txt"])
+    assert "Cannot read" in fault(text=[tmp_path / "latin.txt"])
+    assert "fewer than one window" in fault(held_out=[tmp_path / "short.txt"])
+    for change in ({"n_layers": 0}, {"d_model": 20}, {"vocab_size": 100}, {"epochs": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            LanguageRecipe(**change)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"there", "file", "blank.txt", "latin.txt", "short.txt"}
+
+
+@pytest.mark.slow
+def test_the_built_in_models_cards_are_true():
+    """The held-out loss on the cards, measured again on the whole text where it can be had."""
+    from pathlib import Path
+
+    file = Path(__file__).parents[2] / "shared" / "data" / "tinystories" / "heldout.txt.gz"
+    if not file.exists():
+        pytest.skip("the held-out TinyStories are not on this machine")
+    for name in ("tinystories-1l", "tinystories-4l"):
+        folder = bl.models.checkpoints.built_in(name)
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        windows, _ = pack(read_stories([file]), tokenizer, n_ctx=256)
+        tokens = torch.tensor(windows["input_ids"])
+        with torch.no_grad():
+            losses = [plain(part, labels=part).loss.item() for part in tokens.split(32)]
+        card = (folder / "README.md").read_text()
+        stated = float(card.split("this model | ")[1].split(" ")[0])
+        assert sum(losses) / len(losses) == pytest.approx(stated, abs=0.005)
+        assert json.loads((folder / "config.json").read_text())["hidden_act"] == "linear"
