@@ -30,7 +30,7 @@ app.add_typer(train, name="train")
 console = Console(highlight=False)
 
 STORY = "Once upon a time, there was a little"
-CURVE_TEXTS = 200
+CURVE_TEXTS = 100
 """Documents for an ablation curve: enough for an interval, few enough for a minute."""
 
 
@@ -53,11 +53,11 @@ def main() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("report.html"),
 ) -> None:
-    """Read the token " girl" in a model that ships with the package, and prove it by ablation.
+    """Read the token " named" in a model that ships with the package, and prove it by ablation.
 
     Needs no network. Takes about a minute on two cores.
     """
-    _explain("tinystories-1l", " girl", layer=0, k=8, contrast="mean", out=out, text=None)
+    _explain("tinystories-1l", " named", layer=0, k=8, contrast="mean", out=out, text=None)
 
 
 @app.command()

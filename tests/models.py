@@ -1,6 +1,7 @@
 """Tiny random models: every architecture, all sizes different."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 37,
     "hidden_size": 24,
     "intermediate_size": 28,
@@ -30,9 +31,9 @@ SIZES = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-GROUPED = {"num_key_value_heads": 2}
-DECOUPLED = {**GROUPED, "head_dim": 8}  # heads together wider than the model
-LINEAR = {"hidden_act": "linear"}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+DECOUPLED: dict[str, Any] = {**GROUPED, "head_dim": 8}  # heads together wider than the model
+LINEAR: dict[str, Any] = {"hidden_act": "linear"}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **DECOUPLED, **LINEAR),
@@ -40,7 +41,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES, **DECOUPLED, **LINEAR),
     "qwen2-tied": Qwen2Config(**SIZES, **GROUPED, **LINEAR, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, **DECOUPLED, **LINEAR),
-    "gemma-tied": GemmaConfig(**SIZES, **DECOUPLED, **LINEAR, hidden_activation="linear"),
+    "gemma-tied": GemmaConfig(**SIZES, **DECOUPLED, **LINEAR),
     "gemma2-tied": Gemma2Config(**SIZES, **DECOUPLED, hidden_activation="linear"),
     "gemma3-tied": Gemma3TextConfig(**SIZES, **DECOUPLED, hidden_activation="linear"),
     "olmo2": Olmo2Config(**SIZES, **GROUPED, **LINEAR),

@@ -149,7 +149,7 @@ def test_a_tokenizer_may_be_given(tmp_path):
         bl.HookedBilinearTransformer.from_pretrained(folder, tokenizer=tmp_path / "theirs")
 
 
-def fault(folder: object, error: type[Exception] = ValueError) -> str:
+def fault(folder: str | Path, error: type[Exception] = ValueError) -> str:
     with pytest.raises(error) as caught:
         bl.HookedBilinearTransformer.from_pretrained(folder)
     return str(caught.value)

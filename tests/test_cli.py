@@ -34,7 +34,7 @@ def test_the_demo_shows_a_table_its_proof_and_a_page(run, tmp_path, monkeypatch)
     monkeypatch.setattr(cli, "CURVE_TEXTS", 20)  # the whole demo is the README's first command
     code, out, _ = run("demo")
     assert code == 0
-    assert "' girl' - mean, written by layer 0 of tinystories-1l" in out
+    assert "' named' - mean, written by layer 0 of tinystories-1l" in out
     assert "effective rank" in out and "Once upon a time" in out
     assert "90 % of the effect" in out and str(tmp_path / "report.html") in out.replace("\n", "")
     page = (tmp_path / "report.html").read_text()

@@ -9,6 +9,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 import bilinear_lens as bl
+from bilinear_lens.analysis.ablation import Hooks
 
 FORMS = ("raw", "unfolded", "folded")
 architectures = pytest.mark.parametrize("name", CONFIGS)
@@ -82,12 +83,12 @@ def test_cache_names_and_weights_are_those_of_transformer_lens(name):
     prefix = "blocks.1.mlp."
     gate, into = cache[prefix + "hook_pre"], cache[prefix + "hook_pre_linear"]
     torch.testing.assert_close(cache[prefix + "hook_post"], gate * into)
-    assert model.W_gate.shape == model.W_in.shape == (3, 24, 28)
-    assert model.W_out.shape == (3, 28, 24)
+    left, right, down = (getattr(model, name) for name in ("W_gate", "W_in", "W_out"))
+    assert (left.shape, right.shape, down.shape) == ((3, 24, 28), (3, 24, 28), (3, 28, 24))
     tensor = model.bilinear_tensor(1)
     rank, d_in = 28, 24
-    torch.testing.assert_close(tensor.left[:rank, :d_in], model.W_gate[1].mT)
-    torch.testing.assert_close(tensor.right[:rank, :d_in], model.W_in[1].mT)
+    torch.testing.assert_close(tensor.left[:rank, :d_in], left[1].mT)
+    torch.testing.assert_close(tensor.right[:rank, :d_in], right[1].mT)
 
 
 @architectures
@@ -101,14 +102,14 @@ def test_generation_with_a_cache_is_greedy_choice(name):
         expected = torch.cat([expected, choice], dim=1)
         if choice.item() == SIZES["eos_token_id"]:
             break
-    assert generated.tolist() == expected.tolist()
+    assert torch.equal(torch.as_tensor(generated), expected)
 
 
 @architectures
 def test_hooks_and_gradients_reach_the_mlp(name):
     model, tokens = hooked(name, "folded"), some_tokens()
     before = log_probs(model, tokens)
-    zero = [("blocks.2.mlp.hook_post", lambda x, hook: x * 0)]
+    zero: Hooks = [("blocks.2.mlp.hook_post", lambda x, hook: x * 0)]
     assert not torch.allclose(model.run_with_hooks(tokens, fwd_hooks=zero).log_softmax(-1), before)
     torch.testing.assert_close(log_probs(model, tokens), before)
     seen = {}

@@ -54,9 +54,9 @@ def test_pairs_are_those_of_all_products(tiny, k, monkeypatch):
     torch.testing.assert_close(
         torch.tensor(pairs.interaction.tolist()), expected, atol=1e-5, rtol=1e-4
     )
-    for row in pairs.head(20).itertuples():
-        value = products[int(row.token_a[1:]), int(row.token_b[1:])].item()
-        assert row.interaction == pytest.approx(value, rel=1e-3, abs=1e-5)
+    for row in pairs.head(20).to_dict("records"):
+        value = products[int(row["token_a"][1:]), int(row["token_b"][1:])].item()
+        assert row["interaction"] == pytest.approx(value, rel=1e-3, abs=1e-5)
     assert not pairs.duplicated(["token_a", "token_b"]).any()
 
 

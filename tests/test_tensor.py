@@ -219,9 +219,10 @@ def test_every_bias_counts(given_biases):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_weights_are_upcast(dtype):
     tensor = a_tensor()
-    half = BilinearTensor(*(w.to(dtype) for w in (tensor.left, tensor.right, tensor.down)))
+    left, right, down = (w.to(dtype) for w in (tensor.left, tensor.right, tensor.down))
+    half = BilinearTensor(left, right, down)
     assert half.left.dtype == half.eigh(0).values.dtype == torch.float32
-    exact = BilinearTensor(*(w.double() for w in (half.left, half.right, half.down)))
+    exact = BilinearTensor(left.double(), right.double(), down.double())
     largest = exact.eigh(0).values[0].abs().item()
     error = (half.eigh(0).values.double() - exact.eigh(0).values).abs().max().item()
     assert error < 1e-6 * largest

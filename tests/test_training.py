@@ -3,12 +3,16 @@
 import gzip
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bilinear_lens as bl
+from bilinear_lens.models.checkpoints import built_in
 from bilinear_lens.training import language
 from bilinear_lens.training.language import LanguageRecipe, train_language
 from bilinear_lens.training.text import pack, read_stories, train_tokenizer
@@ -78,7 +82,7 @@ class Stopped(Exception):
 def test_a_run_that_was_cut_off_resumes_to_the_same_model(texts, tmp_path, monkeypatch):
     tokenizer = train_tokenizer(read_stories(texts["text"]), vocab_size=300, n_ctx=32)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    options = {"recipe": RECIPE, "tokenizer": tmp_path / "tokenizer", **texts}
+    options: dict[str, Any] = {"recipe": RECIPE, "tokenizer": tmp_path / "tokenizer", **texts}
     whole = train_language(tmp_path / "whole", **options)
 
     class Interrupted(language.Trainer):
@@ -93,7 +97,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(texts, tmp_path, monke
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ValueError, match="resume"):
         train_language(tmp_path / "cut", **options)
-    other = options | {"recipe": LanguageRecipe(**(vars(RECIPE) | {"seed": 1}))}
+    other = dict(options, recipe=replace(RECIPE, seed=1))
     with pytest.raises(ValueError, match="another recipe"):
         train_language(tmp_path / "cut", resume=True, **other)
     resumed = train_language(tmp_path / "cut", resume=True, **options)
@@ -115,7 +119,7 @@ def test_windows_hold_the_stories_in_order(texts):
     windows, _ = pack(stories, tokenizer, n_ctx=5)
     stream = [token for window in windows["input_ids"] for token in window]
     text = "<|endoftext|>" + "<|endoftext|>".join(stories)
-    assert text.startswith(tokenizer.decode(stream))
+    assert text.startswith(str(tokenizer.decode(stream)))
     assert all(len(window) == 5 for window in windows["input_ids"])
     assert windows["labels"] == windows["input_ids"]
 
@@ -139,7 +143,13 @@ def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
     assert "No text in" in fault(text=[tmp_path / "blank.txt"])
     assert "Cannot read" in fault(text=[tmp_path / "latin.txt"])
     assert "fewer than one window" in fault(held_out=[tmp_path / "short.txt"])
-    for change in ({"n_layers": 0}, {"d_model": 20}, {"vocab_size": 100}, {"epochs": 0.0}):
+    changes: list[dict[str, Any]] = [
+        {"n_layers": 0},
+        {"d_model": 20},
+        {"vocab_size": 100},
+        {"epochs": 0.0},
+    ]
+    for change in changes:
         with pytest.raises(ValueError, match=next(iter(change))):
             LanguageRecipe(**change)
     left = {path.name for path in tmp_path.iterdir()}
@@ -149,13 +159,11 @@ def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_built_in_models_cards_are_true():
     """The held-out loss on the cards, measured again on the whole text where it can be had."""
-    from pathlib import Path
-
     file = Path(__file__).parents[2] / "shared" / "data" / "tinystories" / "heldout.txt.gz"
     if not file.exists():
         pytest.skip("the held-out TinyStories are not on this machine")
     for name in ("tinystories-1l", "tinystories-4l"):
-        folder = bl.models.checkpoints.built_in(name)
+        folder = built_in(name)
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         windows, _ = pack(read_stories([file]), tokenizer, n_ctx=256)

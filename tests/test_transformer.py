@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bilinear_lens as bl
+from bilinear_lens.analysis.ablation import text_windows
+from bilinear_lens.models.checkpoints import built_in
 
 BUILT_IN = ("tinystories-1l", "tinystories-4l")
 PROMPT = "One day, a little girl named Lily went to the park. She saw a big dog."
@@ -33,7 +35,7 @@ def test_the_law_on_trained_models(built_in_model, record_property):
 
 
 def test_trained_models_are_the_same_in_every_form_and_in_transformers(built_in_model):
-    folder = bl.models.checkpoints.built_in(built_in_model.cfg.model_name)
+    folder = built_in(built_in_model.cfg.model_name)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = built_in_model.to_tokens(PROMPT)
     raw = bl.HookedBilinearTransformer.from_pretrained(built_in_model.cfg.model_name, fold=False)
@@ -58,7 +60,7 @@ def test_trained_models_write_stories(built_in_model):
 
 def test_trained_models_know_the_held_out_stories(built_in_model):
     """The model card's loss, within what 40 of its 3,110 stories allow."""
-    windows = bl.analysis.ablation.text_windows(built_in_model, bl.held_out_stories()[:40])
+    windows = text_windows(built_in_model, bl.held_out_stories()[:40])
     with torch.no_grad():
         loss = built_in_model(windows, return_type="loss").item()
     expected = {"tinystories-1l": 2.304, "tinystories-4l": 2.239}[built_in_model.cfg.model_name]

@@ -26,13 +26,16 @@ _CARD = "padding:12px;border-radius:8px;background:#fff;color:#1d2127;color-sche
 _shown_here = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenView:
     """A CircuitsVis component and what it shows; the last line of a notebook cell draws it."""
 
     component: str
     props: Mapping[str, Any]
     """JSON values, by the component's own names."""
+
+    def __repr__(self) -> str:
+        return f"TokenView({self.component})"
 
     def markup(self, name: str) -> Fragment:
         """The view as HTML for a page that holds CircuitsVis's script, or will.

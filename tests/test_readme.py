@@ -1,0 +1,47 @@
+"""The README: its example prints what it says, and what it names is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import bilinear_lens as bl
+from bilinear_lens.models.checkpoints import BUILT_IN, built_in
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_prints_what_the_readme_says():
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[0]], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert lines == [line.rstrip() for line in blocks("text")[0].splitlines()]
+
+
+def test_names_and_files_exist():
+    for name in set(re.findall(r"`bl\.(\w+)", README)):
+        assert name in bl.__all__
+    assert {name for name in bl.__all__ if name != "InteractionTable"} <= set(
+        re.findall(r"`bl\.(\w+)", README)
+    )
+    for file in re.findall(r"^ +(\w+\.py|\w+/) ", blocks("text")[1], flags=re.MULTILINE):
+        assert list((ROOT / "bilinear_lens").rglob(file.rstrip("/")))
+    for link in re.findall(r"\]\((notebooks/[^)]+)\)", README):
+        assert (ROOT / link).exists()
+
+
+def test_the_models_losses_are_those_of_their_cards():
+    for name in BUILT_IN:
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+        card = (built_in(name) / "README.md").read_text()
+        ours, twin = re.findall(r"^\| .* \| (\d\.\d{4}) \| (\d\.\d{4}) \|$", card, re.MULTILINE)
+        assert [*ours, *twin] == re.findall(r"\d\.\d{4}", row)
+        (parameters,) = re.findall(r"([\d,]+) parameters", card)
+        assert parameters in row
