@@ -20,37 +20,41 @@ _EIGENVECTOR_COLUMNS = (
 _PAIR_COLUMNS = ("token_a", "token_b", "interaction")
 
 # Colours are inherited or half transparent: the page or notebook around decides light or dark.
+# The doubled class outweighs JupyterLab's own rules for tables.
 _STYLE = """<style>
-.lens {
-  width: 100%; border-collapse: collapse; color: inherit; background: none;
+.lens.lens {
+  width: 100%; table-layout: auto; border-collapse: collapse; color: inherit; background: none;
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
 }
-.lens :is(th, td) {
+.lens.lens :is(th, td) {
   padding: 9px 16px 9px 0; border: 0; border-bottom: 1px solid rgba(127, 133, 141, .25);
   text-align: left; vertical-align: top; background: none; color: inherit;
 }
-.lens tbody tr:last-child > td { border-bottom: 0; }
-.lens th { font-weight: 600; font-size: 12px; opacity: .8; white-space: nowrap; }
-.lens .number {
+.lens.lens tr { background: none; }
+.lens.lens tbody tr:last-child > td { border-bottom: 0; }
+.lens.lens th { font-weight: 600; font-size: 12px; opacity: .8; white-space: nowrap; }
+.lens.lens .number {
   width: 1%; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
 }
-.lens .meter { display: block; height: 3px; margin: 3px 0 0 auto; border-radius: 2px; }
-.lens .chip {
+.lens.lens .meter { display: block; height: 3px; margin: 3px 0 0 auto; border-radius: 2px; }
+.lens.lens .chip {
   display: inline-block; margin: 0 5px 5px 0; padding: 0 7px; border-radius: 6px;
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: 13px; unicode-bidi: isolate; white-space: pre-wrap; overflow-wrap: anywhere;
 }
 @media (max-width: 640px) {
-  .lens.eigenvectors, .lens.eigenvectors tbody { display: block; }
-  .lens.eigenvectors thead { display: none; }
-  .lens.eigenvectors tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: 9px 0; }
-  .lens.eigenvectors tr + tr { border-top: 1px solid rgba(127, 133, 141, .25); }
-  .lens.eigenvectors td { width: auto; padding: 2px 0; border: 0; text-align: left; }
-  .lens.eigenvectors td.end { grid-column: 1 / -1; }
-  .lens.eigenvectors td::before {
+  .lens.lens.eigenvectors, .lens.lens.eigenvectors tbody { display: block; }
+  .lens.lens.eigenvectors thead { display: none; }
+  .lens.lens.eigenvectors tr {
+    display: grid; grid-template-columns: repeat(3, 1fr); padding: 9px 0;
+  }
+  .lens.lens.eigenvectors tr + tr { border-top: 1px solid rgba(127, 133, 141, .25); }
+  .lens.lens.eigenvectors td { width: auto; padding: 2px 0; border: 0; text-align: left; }
+  .lens.lens.eigenvectors td.end { grid-column: 1 / -1; }
+  .lens.lens.eigenvectors td::before {
     content: attr(data-name); display: block; font-size: 11px; opacity: .8;
   }
-  .lens.eigenvectors .meter { margin-left: 0; }
+  .lens.lens.eigenvectors .meter { margin-left: 0; }
 }
 </style>
 """
