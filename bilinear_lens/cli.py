@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import bilinear_lens as bl
-from bilinear_lens.models.checkpoints import load_checkpoint, save_checkpoint
+from bilinear_lens.models.checkpoints import check_new, load_checkpoint, save_checkpoint
 from bilinear_lens.pages import passage, token_page
 from bilinear_lens.training.language import LanguageRecipe, train_language
 from bilinear_lens.training.text import read_stories
@@ -28,6 +28,11 @@ app = typer.Typer(
 train = typer.Typer(no_args_is_help=True, help="Train models.")
 app.add_typer(train, name="train")
 console = Console(highlight=False)
+
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(help="A folder, built-in model or Hub id with the tokenizer, instead of its own."),
+]
 
 STORY = "Once upon a time, there was a little"
 CURVE_TEXTS = 100
@@ -57,7 +62,8 @@ def demo(
 
     Needs no network. Takes about a minute on two cores.
     """
-    _explain("tinystories-1l", " named", layer=0, k=8, contrast="mean", out=out, text=None)
+    model = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l")
+    _explain(model, " named", layer=0, k=8, contrast="mean", out=out, text=None)
 
 
 @app.command()
@@ -80,6 +86,7 @@ def explain(
     out: Annotated[
         Path | None, typer.Option(help="Also ablate, on text, and write a page there (.html).")
     ] = None,
+    tokenizer: TokenizerOption = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -92,24 +99,25 @@ def explain(
 
     Example: bilinear-lens explain tinystories-1l ' she' --contrast ' he' --out she.html
     """
-    _explain(model, token, layer=layer, k=k, contrast=contrast, out=out, text=text)
+    hooked = bl.HookedBilinearTransformer.from_pretrained(model, tokenizer=tokenizer)
+    _explain(hooked, token, layer=layer, k=k, contrast=contrast, out=out, text=text)
 
 
 @app.command()
 def convert(
     src: Annotated[str, typer.Argument(help="A folder or Hub id, in any layout that loads.")],
     dst: Annotated[Path, typer.Argument(help="A new folder.")],
+    tokenizer: TokenizerOption = None,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder.
 
     Reads the layout of the bilinear papers' authors, too. The result loads with
     AutoModelForCausalLM, needs no remote code, and gives the same logits.
     """
-    if dst.exists():
-        raise ValueError(f"{dst} exists already: give a new folder, or remove it.")
-    model, tokenizer = load_checkpoint(src, dtype="auto")
-    save_checkpoint(model, tokenizer, dst)
-    note = "" if tokenizer else " (without a tokenizer: none could be had)"
+    check_new(dst)
+    model, loaded = load_checkpoint(src, dtype="auto", tokenizer=tokenizer)
+    save_checkpoint(model, loaded, dst)
+    note = "" if loaded else " (without a tokenizer: none could be had)"
     console.print(f"Wrote {escape(str(dst))}{note}")
 
 
@@ -196,7 +204,7 @@ def language(
 
 
 def _explain(
-    name: str,
+    model: bl.HookedBilinearTransformer,
     token: str,
     *,
     layer: int,
@@ -207,7 +215,6 @@ def _explain(
 ) -> None:
     if out is not None:
         _check_writable(out)
-    model = bl.HookedBilinearTransformer.from_pretrained(name)
     table = bl.interactions(model, token, layer=layer, k=k, contrast=contrast)
     console.print(repr(table), markup=False, soft_wrap=True)
     if out is None:

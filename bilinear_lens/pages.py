@@ -52,8 +52,9 @@ def token_page(
     words = [model.token_labels[token] for token in read.tolist()]
     names = [f"{i} ({value:+.2g})" for i, value in enumerate(table.spectrum.values.tolist())]
     whole = Spectrum.of(table.interaction)
-    random = random_spectrum(model.bilinear_tensor(table.layer), seed=0)
-    random = Spectrum(random.values * whole.values.norm() / random.values.norm(), random.vectors)
+    random = random_spectrum(
+        model.bilinear_tensor(table.layer), seed=0, norm=whole.values.norm().item()
+    )
     strongest = frame.groupby(["eigenvector", "end"]).head(N_PAIRED)["token_id"].unique().tolist()
     chosen = table.tokens[strongest]
     directions = chosen.directions

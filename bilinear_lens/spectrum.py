@@ -97,10 +97,12 @@ class Spectrum:
         return Spectrum(self.values, self.vectors * signs, self.affine)
 
     def projections(self, x: Float[Tensor, "*inputs {self.d_in}"]) -> Float[Tensor, "..."]:
-        """`vector . x` for each eigenvector: `[*inputs, *batch, k]`."""
-        x = x.to(self.vectors.dtype)
-        if self.affine:
-            x = append_one(x)
+        """`vector . x` for each eigenvector: `[*inputs, *batch, k]`.
+
+        Raises:
+            ValueError: if `x` has another size than `d_in`.
+        """
+        x = coordinates(x.to(self.vectors.dtype), self.d_in, self.affine)
         columns = self.vectors.movedim(-2, 0).flatten(1)
         return (x @ columns).unflatten(-1, self.values.shape)
 
@@ -128,9 +130,13 @@ class Spectrum:
         return self.values.abs().sum(-1) ** 2 / (self.values**2).sum(-1)
 
 
-def append_one(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d_plus_1"]:
-    """Inputs of an affine layer, with the constant coordinate."""
-    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+def coordinates(
+    x: Float[Tensor, "*batch d"], d_in: int, affine: bool
+) -> Float[Tensor, "*batch coords"]:
+    """Inputs as a tensor or spectrum takes them: of an affine one, with the constant coordinate."""
+    if x.shape[-1:] != (d_in,):
+        raise ValueError(f"x has shape {list(x.shape)}; its last axis must be d_in={d_in}.")
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if affine else x
 
 
 def _sign_of_largest(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch 1 k"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear_lens.basis import Basis
-from bilinear_lens.spectrum import Spectrum, append_one
+from bilinear_lens.spectrum import Spectrum, coordinates
 
 
 class OutputModes(NamedTuple):
@@ -60,6 +60,9 @@ class BilinearTensor:
                 f"{given} must be [rank, d_in], [rank, d_in] and [d_out, rank]. TransformerLens "
                 "stores weights as [in, out]: pass W_gate.mT, W_in.mT and W_out.mT."
             )
+        dtypes = {getattr(self, name).dtype for name in shapes}
+        if len(dtypes) > 1:
+            raise ValueError(f"The factors have dtypes {sorted(map(str, dtypes))}: give one dtype.")
         for name in shapes:
             factor = getattr(self, name)
             if not factor.isfinite().all():
@@ -81,9 +84,20 @@ class BilinearTensor:
         """The exact tensor of `down @ ((left @ x + left_bias) * (right @ x + right_bias)) + ...`.
 
         Without any bias it is the plain tensor; with one, the input gains a constant coordinate.
+
+        Raises:
+            ValueError: as the constructor, or if a bias has another size than its weights.
         """
+        plain = cls(left, right, down)
+        biases = {"left": left_bias, "right": right_bias, "down": down_bias}
+        for name, bias in biases.items():
+            if bias is not None and bias.shape != getattr(plain, name).shape[:1]:
+                raise ValueError(
+                    f"{name}_bias has shape {list(bias.shape)}; {name} needs "
+                    f"[{len(getattr(plain, name))}]."
+                )
         if left_bias is None and right_bias is None and down_bias is None:
-            return cls(left, right, down)
+            return plain
         zero = left.new_zeros(len(left))
         left = torch.cat([left, (zero if left_bias is None else left_bias)[:, None]], dim=1)
         right = torch.cat([right, (zero if right_bias is None else right_bias)[:, None]], dim=1)
@@ -111,10 +125,12 @@ class BilinearTensor:
         return f"BilinearTensor(d_out={self.d_out}, d_in={self.d_in}, rank={self.rank}{biases})"
 
     def __call__(self, x: Float[Tensor, "*batch {self.d_in}"]) -> Float[Tensor, "*batch d_out"]:
-        """What the layer writes for the input `x`."""
-        x = x.to(self.left.dtype)
-        if self.affine:
-            x = append_one(x)
+        """What the layer writes for the input `x`.
+
+        Raises:
+            ValueError: if `x` has another size than `d_in`.
+        """
+        x = coordinates(x.to(self.left.dtype), self.d_in, self.affine)
         return ((x @ self.left.mT) * (x @ self.right.mT)) @ self.down.mT
 
     def __add__(self, other: "BilinearTensor") -> "BilinearTensor":
@@ -159,11 +175,11 @@ class BilinearTensor:
             k: how many pairs, largest magnitude first; None gives all that can differ from zero.
 
         Raises:
-            ValueError: as `interaction`, and if `k` is not in 1..d_in.
+            ValueError: as `interaction`, and if `k` is not in 1..d_in (one more with biases).
         """
         coords = self.left.shape[1]
         if k is not None and not 1 <= k <= coords:
-            raise ValueError(f"k={k} must be between 1 and d_in={coords}.")
+            raise ValueError(f"k={k} must be between 1 and the {coords} coordinates of the input.")
         n_pairs = min(2 * self.rank, coords)
         if n_pairs == coords or (k is not None and k > n_pairs):
             spectrum = Spectrum.of(self.interaction(direction), affine=self.affine)
@@ -257,13 +273,13 @@ class BilinearTensor:
 
     def _check_same_space(self, other: "BilinearTensor") -> None:
         mine, theirs = (
-            (t.d_in, t.d_out, "with biases" if t.affine else "without biases")
+            (t.d_in, t.d_out, "with biases" if t.affine else "without biases", t.left.dtype)
             for t in (self, other)
         )
         if mine != theirs:
             raise ValueError(
-                f"Both tensors need the same (d_in, d_out) and both biases or none: {mine} and "
-                f"{theirs}. Bring one to the other's coordinates with change_basis."
+                f"Both tensors need the same (d_in, d_out), dtype, and both biases or none: {mine} "
+                f"and {theirs}. Bring one to the other's coordinates with change_basis."
             )
 
     def _direction(self, direction: Tensor | int) -> Tensor:

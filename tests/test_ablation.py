@@ -83,6 +83,40 @@ def test_a_projected_out_eigenvector_is_not_seen(tiny):
     assert not torch.allclose(out, written(tiny, []), atol=1e-2)
 
 
+def test_hooks_see_what_earlier_and_later_hooks_leave(tiny):
+    """Keeping every eigenvector of a blinded layer changes nothing, in either order."""
+    direction = tiny.output_direction(5)
+    spectrum = tiny.bilinear_tensor(LAYER).eigh(direction)
+    blind = bl.project_out(spectrum.top(2), layer=LAYER)
+    keep = bl.keep_eigenvectors(spectrum, direction, layer=LAYER)
+    expected = written(tiny, blind)
+    for hooks in (blind + keep, keep + blind):
+        torch.testing.assert_close(written(tiny, hooks), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(written(tiny, keep), expected, atol=1e-2)
+
+
+def test_sixteen_bit_models_lose_nothing_but_what_is_taken(model):
+    half = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l", dtype=torch.bfloat16)
+    direction = half.output_direction(" girl")
+    spectrum = half.bilinear_tensor(0).eigh(direction)
+    tokens = half.to_tokens("Once upon a time, there was a little girl.")
+    with torch.no_grad():
+        _, clean = half.run_with_cache(tokens)
+        with half.hooks(fwd_hooks=bl.keep_eigenvectors(spectrum, direction, layer=0)):
+            _, kept = half.run_with_cache(tokens)
+    before, after = (cache["blocks.0.mlp.hook_out"].float() for cache in (clean, kept))
+    assert after.dtype == torch.float32 and kept["blocks.0.mlp.hook_out"].dtype == torch.bfloat16
+    assert (after - before).norm() < 0.01 * before.norm()  # bfloat16 has 8 bits
+
+
+def test_an_eigenvector_of_the_constant_alone_blinds_nothing():
+    vectors = torch.eye(25)[:, -1:]
+    constant = bl.Spectrum(torch.ones(1), vectors, affine=True)
+    (_, hook) = bl.project_out(constant, layer=0)[0]
+    x = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hook(x, None), x)
+
+
 def test_no_hook_is_left_behind_after_an_exception(tiny):
     direction, tokens = tiny.output_direction(5), some_tokens()
     spectrum = tiny.bilinear_tensor(LAYER).eigh(direction)
@@ -131,10 +165,20 @@ def test_a_curve_on_real_text_beats_its_controls(model):
     assert at.loc[("top", 8), "loss"] > 0
     intervals = curve[["logit_low", "logit", "logit_high"]].to_numpy()
     assert (np.diff(intervals) >= 0).all()
-    reached = bl.k_reaching(curve)
-    assert reached.to_dict() == {"top": 128, "random": 256, "bottom": 256}
+    reached = bl.k_reaching(curve).to_dict()
+    assert reached["top"] < reached["random"] == reached["bottom"] == 256
     again = bl.ablation_curve(model, " girl", stories, layer=0, ks=[1, 8, 128, 256], n_random=2)
     assert again.equals(curve)
+
+
+def test_a_contrast_is_measured_like_the_pair(model):
+    options = {"layer": 0, "ks": [256], "n_random": 1}
+    stories = bl.held_out_stories()[:20]
+    pair = bl.ablation_curve(model, (" she", " he"), stories, **options)
+    contrast = bl.ablation_curve(model, " she", stories, contrast=" he", **options)
+    assert contrast.equals(pair)
+    alone = bl.ablation_curve(model, " she", stories, **options)
+    assert min(abs(alone["logit"] - pair["logit"])) > 0.1
 
 
 def test_the_k_that_reaches_a_share_lasts():
@@ -149,12 +193,17 @@ def test_the_k_that_reaches_a_share_lasts():
     assert bl.k_reaching(curve).to_dict() == {"top": 8, "random": 16}
     assert bl.k_reaching(curve, 0.5).to_dict() == {"top": 1, "random": 16}
 
+    with pytest.raises(ValueError, match="up to all of them"):
+        bl.k_reaching(curve.query("k < 16"))
+    with pytest.raises(ValueError, match="share=2"):
+        bl.k_reaching(curve, 2.0)
+
 
 def test_a_curve_measures_the_logit_by_its_definition(model):
     """Ablating everything removes the layer's part of the logit, up to the final norm's scale."""
     stories = bl.held_out_stories()[:30]
     curve = bl.ablation_curve(model, (" she", " he"), stories, layer=0, ks=[256], n_random=1)
-    windows = text_windows(model, stories)
+    windows = text_windows(model, stories, n_tokens=256)
     direction = model.output_direction((" she", " he"))
     she, he = model.token_id(" she"), model.token_id(" he")
     changes, losses = [], []
@@ -188,7 +237,21 @@ def test_bad_input_is_named(model, as_users):
         bl.keep_eigenvectors(batched, direction, layer=0)
     with pytest.raises(ValueError, match="one direction"):
         bl.project_out(batched, layer=0)
+    foreign = bl.Spectrum(torch.ones(1), torch.eye(5)[:, :1])
+    for hooks in (
+        bl.ablate_eigenvectors(foreign, torch.ones(5), layer=0),
+        bl.project_out(foreign, layer=0),
+    ):
+        with pytest.raises(ValueError, match="has width 256, but"):
+            model.run_with_hooks("A girl.", fwd_hooks=hooks)
     stories = bl.held_out_stories()[:5]
+    for name in ("n_random", "n_bootstrap", "batch_size"):
+        options: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            bl.ablation_curve(model, " girl", stories, layer=0, **options)
+    for text in ([], "A girl."):
+        with pytest.raises(ValueError, match="list of documents"):
+            bl.ablation_curve(model, " girl", text, layer=0)
     for ks in ([0], [257], [], [-1]):
         with pytest.raises(ValueError, match="ks="):
             bl.ablation_curve(model, " girl", stories, layer=0, ks=ks)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,8 @@ def test_a_tokenizer_may_be_given(tmp_path):
     assert model.token_labels[5] == "%"
     again = bl.HookedBilinearTransformer.from_pretrained(folder, tokenizer=model.tokenizer)
     assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    named = bl.HookedBilinearTransformer.from_pretrained(folder, tokenizer="tinystories-4l")
+    assert named.token_labels[5] == "%"
     with pytest.raises(ValueError, match="Cannot load the tokenizer"):
         bl.HookedBilinearTransformer.from_pretrained(folder, tokenizer=tmp_path / "theirs")
 
@@ -153,6 +156,47 @@ def fault(folder: str | Path, error: type[Exception] = ValueError) -> str:
     with pytest.raises(error) as caught:
         bl.HookedBilinearTransformer.from_pretrained(folder)
     return str(caught.value)
+
+
+def test_a_checkpoints_own_code_is_never_run(tmp_path, monkeypatch):
+    write(
+        tmp_path, {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}, {"w": torch.ones(1)}
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "is never run" in fault(tmp_path)
+    folder = tmp_path / "ours"
+    random_model(CONFIGS["llama"]).save_pretrained(folder)
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.C")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert bl.HookedBilinearTransformer.from_pretrained(folder).cfg.n_layers == 3
+
+
+def test_local_checkpoints_ask_nothing_of_the_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    theirs = write(tmp_path / "theirs", AUTHORS, authors_weights(AUTHORS))
+    assert bl.HookedBilinearTransformer.from_pretrained(theirs).tokenizer is None
+    model = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l")
+    model.save_pretrained(tmp_path / "ours")
+    assert bl.HookedBilinearTransformer.from_pretrained(tmp_path / "ours").tokenizer is not None
+
+
+@pytest.mark.parametrize("name", ["identity", None])
+def test_other_names_of_a_linear_gate_load(tmp_path, name):
+    plain = random_model(CONFIGS["llama"])
+    plain.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": name}))
+    model = bl.HookedBilinearTransformer.from_pretrained(tmp_path / "folder")
+    tokens = torch.tensor([[3, 14, 15]])
+    torch.testing.assert_close(model(tokens), plain(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_names_list_the_near_ones(tmp_path):
@@ -195,9 +239,16 @@ def test_a_config_that_contradicts_its_weights(tmp_path):
     folder = tmp_path / "ours"
     random_model(CONFIGS["llama"]).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    for change in ({"intermediate_size": 30}, {"num_hidden_layers": 4}, {"num_hidden_layers": 2}):
+    for change, expected in (
+        ({"intermediate_size": 30}, "mismatched keys (with shapes saved and asked for) [\"('model"),
+        ({"num_hidden_layers": 4}, "missing keys"),
+        ({"num_hidden_layers": 2}, "unexpected keys"),
+        ({"num_attention_heads": 5}, "does not load"),
+        ({"hidden_size": "x"}, "does not load"),
+    ):
         (folder / "config.json").write_text(json.dumps(config | change))
-        assert str(folder) in fault(folder)
+        message = fault(folder)
+        assert str(folder) in message and expected in message
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -213,6 +264,10 @@ def test_an_authors_config_that_contradicts_its_weights(tmp_path):
         "no use for": {"n_layer": 2},
         "no transformer.h.0.mlp.w.bias": {"bias": True},
         "plain MLPs": {"bilinear": False},
+        "no multiple of n_head=5": {"n_head": 5},
+        "n_head is 0": {"n_head": 0},
+        "d_model is 'x'": {"d_model": "x"},
+        "gate is 'nonsense'": {"gate": "nonsense"},
     }
     for expected, change in cases.items():
         if change.get("d_hidden"):

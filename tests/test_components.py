@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import CONFIGS, SIZES, random_model, some_tokens
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import GPT2Config, LlamaConfig, MixtralConfig
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, StableLmConfig
 
 import bilinear_lens as bl
 from bilinear_lens.analysis.ablation import Hooks
@@ -151,6 +151,22 @@ def test_a_gate_with_an_activation_is_refused(activation):
     plain = random_model(LlamaConfig(**SIZES, hidden_act=activation))
     with pytest.raises(ValueError, match=r"activation.*bilinearize"):
         bl.HookedBilinearTransformer.from_hf(plain)
+
+
+def test_an_activation_that_is_no_module_is_refused():
+    plain = random_model(CONFIGS["llama"])
+    for layer in plain.model.layers:
+        layer.mlp._modules.pop("act_fn")
+        layer.mlp.act_fn = torch.nn.functional.silu
+    with pytest.raises(ValueError, match=r"Layer 0's MLP is not the product.*bilinearize"):
+        bl.HookedBilinearTransformer.from_hf(plain)
+
+
+def test_an_architecture_that_transformer_lens_gets_wrong_is_refused():
+    """When this fails, TransformerLens was mended, and StableLM may be listed as tested."""
+    config = StableLmConfig(**SIZES, num_key_value_heads=2, hidden_act="linear")
+    with pytest.raises(ValueError, match="wires StableLmForCausalLM otherwise"):
+        bl.HookedBilinearTransformer.from_hf(random_model(config))
 
 
 def test_other_mlps_are_refused():

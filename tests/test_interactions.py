@@ -71,6 +71,26 @@ def test_pairs_of_a_large_vocabulary_come_in_blocks(model):
     )
 
 
+def test_pairs_of_tokens_without_an_embedding_stand_once():
+    plain = random_model(CONFIGS["llama"])
+    with torch.no_grad():
+        plain.model.embed_tokens.weight[[3, 11]] = 0
+    table = bl.interactions(
+        bl.HookedBilinearTransformer.from_hf(plain), 5, layer=1, k=2, n_tokens=2
+    )
+    pairs = table.pairs(37 * 38 // 2)
+    assert len(pairs) == 37 * 38 // 2
+    assert not pairs.duplicated(["token_a", "token_b"]).any()
+
+
+def test_a_layer_that_writes_nothing_is_named():
+    plain = random_model(CONFIGS["llama"])
+    with torch.no_grad():
+        plain.model.layers[1].mlp.down_proj.weight.zero_()
+    with pytest.raises(ValueError, match="Layer 1 writes nothing"):
+        bl.interactions(bl.HookedBilinearTransformer.from_hf(plain), 5, layer=1)
+
+
 def test_a_contrast_is_a_pair_however_it_is_given(model):
     pair = bl.interactions(model, (" she", " he"), layer=0)
     contrast = bl.interactions(model, " she", layer=0, contrast=" he")
@@ -131,7 +151,7 @@ def test_bad_input_is_named(model, as_users):
         "k=-1": {"k": -1},
         "k=257": {"k": 257},
         "layer=1": {"layer": 1},
-        "not one token": {"contrast": " girlfriends"},
+        "is not one token": {"contrast": " girlfriends"},
     }
     for expected, change in cases.items():
         with pytest.raises(ValueError, match=expected):

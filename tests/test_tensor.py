@@ -253,6 +253,14 @@ def test_bad_input_is_named(as_users):
     left, right, down = tensor.left, tensor.right, tensor.down
     assert "[7, 4]" in message(lambda: BilinearTensor(left, right[:, :4], down))
     assert "W_gate.mT" in message(lambda: BilinearTensor(left, right, down.mT))
+    assert "float64" in message(lambda: BilinearTensor(left.float(), right, down))
+    bias = normal(9, RANK + 1)
+    wrong_bias = lambda: BilinearTensor.with_biases(left, right, down, left_bias=bias)  # noqa: E731
+    assert "left_bias has shape [8]" in message(wrong_bias)
+    assert "d_in=5" in message(lambda: tensor(normal(9, 11, N_IN + 1)))
+    assert "d_in=5" in message(lambda: tensor.eigh(0).activations(normal(9, N_IN - 1)))
+    half = BilinearTensor(left.float(), right.float(), down.float())
+    assert "torch.float32" in message(lambda: tensor.inner(half))
     assert "left holds NaN" in message(lambda: BilinearTensor(left / 0 * 0, right, down))
     for k in (0, -1, N_IN + 1):
         assert f"k={k}" in message(lambda k=k: tensor.eigh(0, k=k))

@@ -3,6 +3,9 @@
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +146,13 @@ def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
     assert "No text in" in fault(text=[tmp_path / "blank.txt"])
     assert "Cannot read" in fault(text=[tmp_path / "latin.txt"])
     assert "fewer than one window" in fault(held_out=[tmp_path / "short.txt"])
+    with pytest.raises(ValueError, match="no SwiGLU twin"):
+        train_language(
+            tmp_path / "x", recipe=replace(RECIPE, activation="silu"), twin=True, **texts
+        )
     changes: list[dict[str, Any]] = [
+        {"activation": "no"},
+        {"weight_decay": -1.0},
         {"n_layers": 0},
         {"d_model": 20},
         {"vocab_size": 100},
@@ -157,11 +166,36 @@ def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_processes_train_one_model(texts, tmp_path):
+    """What `torchrun` starts: one folder, one set of checkpoints, the same steps' worth of text."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from bilinear_lens.training.language import LanguageRecipe, train_language\n"
+        f"recipe = {RECIPE!r}\n"
+        "losses = train_language(sys.argv[1], text=[sys.argv[2]], held_out=[sys.argv[3]], "
+        "recipe=recipe, twin=True)\n"
+        "print(losses)\n"
+    )
+    torchrun = Path(sys.executable).with_name("torchrun")
+    files = [tmp_path / "model", *texts["text"], *texts["held_out"]]
+    done = subprocess.run(
+        [torchrun, "--nproc-per-node", "2", script, *files],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-swiglu", "train.py"]
+    assert bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model").cfg.n_layers == 1
+
+
+@pytest.mark.slow
 def test_the_built_in_models_cards_are_true():
     """The held-out loss on the cards, measured again on the whole text where it can be had."""
-    file = Path(__file__).parents[2] / "shared" / "data" / "tinystories" / "heldout.txt.gz"
+    file = Path(os.environ.get("TINYSTORIES_HELD_OUT", "heldout.txt.gz"))
     if not file.exists():
-        pytest.skip("the held-out TinyStories are not on this machine")
+        pytest.skip("TINYSTORIES_HELD_OUT does not name the held-out text of the model cards")
     for name in ("tinystories-1l", "tinystories-4l"):
         folder = built_in(name)
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import CONFIGS, random_model, some_tokens
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import bilinear_lens as bl
 from bilinear_lens.analysis.ablation import text_windows
@@ -60,7 +61,7 @@ def test_trained_models_write_stories(built_in_model):
 
 def test_trained_models_know_the_held_out_stories(built_in_model):
     """The model card's loss, within what 40 of its 3,110 stories allow."""
-    windows = text_windows(built_in_model, bl.held_out_stories()[:40])
+    windows = text_windows(built_in_model, bl.held_out_stories()[:40], n_tokens=256)
     with torch.no_grad():
         loss = built_in_model(windows, return_type="loss").item()
     card = (built_in(built_in_model.cfg.model_name) / "README.md").read_text()
@@ -89,8 +90,6 @@ def test_an_output_direction_is_a_difference_of_logits(model):
         )
     against_he = model.output_direction(" girl", contrast=" he")
     torch.testing.assert_close(against_he, model.output_direction((" girl", " he")))
-    raw = model.output_direction(" girl", contrast=None)
-    torch.testing.assert_close(raw, model.W_U[:, girl])
     vector = torch.randn(256, generator=torch.Generator().manual_seed(0))
     assert model.output_direction(vector) is not None
     torch.testing.assert_close(model.output_direction(vector), vector)
@@ -109,6 +108,40 @@ def test_the_token_basis_is_what_the_mlp_sees_of_a_lone_token(model):
     rms = basis.directions.square().mean(-1).sqrt()
     assert rms.max() <= 1.0001  # below 1 by the norm's epsilon
     assert rms[tokens[0, 1:]].min() > 0.9
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_sees_a_lone_token_as_its_basis_says(name):
+    model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS[name]))
+    basis, tokens = model.token_basis().directions, some_tokens()
+    silent = [("blocks.0.attn.hook_out", lambda out, hook: out * 0)]
+    with torch.no_grad(), model.hooks(fwd_hooks=silent):
+        _, cache = model.run_with_cache(tokens)
+    torch.testing.assert_close(basis[tokens], cache["blocks.0.mlp.hook_in"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-tied", "gemma3-tied", "olmo2"])
+def test_a_layers_output_direction_takes_the_gain_of_a_norm_after_the_mlp(name):
+    """What reaches the residual stream along u is what the MLP writes along it, times a scale."""
+    model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS[name]))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(some_tokens())
+    added, written = cache["blocks.1.hook_mlp_out"], cache["blocks.1.mlp.hook_out"]
+    plain, fitted = model.output_direction(5), model.output_direction(5, layer=1)
+    scale = written.square().mean(-1).sqrt() if name != "llama" else 1
+    reached = added @ plain * scale
+    torch.testing.assert_close(written @ fitted, reached, atol=1e-3, rtol=1e-3)
+    assert torch.allclose(written @ plain, reached, atol=1e-3) == (name == "llama")
+    torch.testing.assert_close(bl.interactions(model, 5, layer=1, k=1).direction, fitted)
+
+
+def test_a_raw_direction_is_not_centred(model):
+    unembedding = model.W_U.detach()
+    girl = model.token_id(" girl")
+    raw = model.output_direction(" girl", contrast=None)
+    torch.testing.assert_close(raw, unembedding[:, girl])
+    torch.testing.assert_close(raw - model.output_direction(" girl"), unembedding.mean(dim=1))
+    assert unembedding.mean(dim=1).norm() > 0.01 * raw.norm()
 
 
 def test_labels_are_readable_and_one_for_each_token(built_in_model):
@@ -162,14 +195,18 @@ def test_from_config_makes_a_random_model():
     assert model.bilinear_tensor(2).rank == 28
 
 
-def test_devices_and_dtypes_are_passed_on():
+def test_devices_and_dtypes_are_passed_on(tmp_path):
     model = bl.HookedBilinearTransformer.from_pretrained(
         "tinystories-1l", dtype=torch.bfloat16, device="cpu"
     )
     assert model.W_U.dtype == torch.bfloat16
+    assert model.output_direction(" girl").dtype == torch.float32
     assert model.bilinear_tensor(0).left.dtype == torch.float32
     saved = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l", dtype="auto")
     assert saved.W_E.dtype == torch.bfloat16
+    saved.save_pretrained(tmp_path / "saved")
+    again = load_file(tmp_path / "saved" / "model.safetensors")
+    assert again["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
 def fault(call, error=ValueError) -> str:
@@ -180,9 +217,10 @@ def fault(call, error=ValueError) -> str:
 
 def test_bad_tokens_and_directions_are_named(model, as_users):
     several = fault(lambda: model.output_direction(" girlfriendship"))
-    assert "not one token but" in several and "' friendship'" in several
+    assert "is not one token of this model" in several and "' friendship'" in several
     assert "' girl'" in fault(lambda: model.output_direction("girl"))
-    assert "not one token but 0" in fault(lambda: model.output_direction(""))
+    assert "is not one token" in fault(lambda: model.output_direction(""))
+    assert "single token" in fault(lambda: model.output_direction((" she", " he"), " it"))
     for token in (-1, 4096):
         assert f"Token id {token}" in fault(lambda token=token: model.output_direction(token))
     assert "' zebras'" in fault(lambda: model.output_direction((" girl", " zebras")))
@@ -192,7 +230,7 @@ def test_bad_tokens_and_directions_are_named(model, as_users):
     assert "not finite" in fault(lambda: model.output_direction(torch.ones(256) / 0))
     for layer in (-1, 1):
         assert f"layer={layer}" in fault(lambda layer=layer: model.bilinear_tensor(layer))
-    assert "d_in=256" in fault(lambda: model.bilinear_tensor(0).eigh(0, k=257))
+    assert "256 coordinates" in fault(lambda: model.bilinear_tensor(0).eigh(0, k=257))
 
 
 def test_bad_prompts_are_named(model):
@@ -204,6 +242,28 @@ def test_bad_prompts_are_named(model):
     assert "context is 256" in fault(lambda: model(long))
     assert "context is 256" in fault(lambda: model(torch.zeros(1, 257, dtype=torch.long)))
     assert model.to_tokens(long, truncate=True).shape == (1, 256)
+
+
+def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_an_unknown_word_is_not_the_unknown_token():
+    tokenizer = word_tokenizer("[UNK]", "the", "girl")
+    model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]), tokenizer)
+    assert model.token_id("girl") == 2 and model.token_id("[UNK]") == 0
+    assert "it reads as ['[UNK]']" in fault(lambda: model.token_id("zebra"))
+    assert len(tokenizer) == 3  # the caller's own is left alone
+
+
+def test_a_tokenizer_of_another_model_is_named():
+    tokenizer = word_tokenizer("[UNK]", *(f"w{i}" for i in range(50)))
+    model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]), tokenizer)
+    assert "the tokenizer is not this model's" in fault(lambda: model("w3 w45", prepend_bos=False))
+    assert "Token ids" in fault(lambda: model(torch.tensor([[37]])))
 
 
 def test_without_folding_or_a_tokenizer_only_what_needs_them_fails():

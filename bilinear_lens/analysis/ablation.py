@@ -53,16 +53,19 @@ def project_out(spectrum: Spectrum, *, layer: int) -> Hooks:
     """The layer's MLP no longer sees the eigenvectors: its input loses its projection on them."""
     if spectrum.values.ndim != 1:
         raise ValueError("Project out the eigenvectors of one direction at a time.")
-    seen, _ = torch.linalg.qr(spectrum.vectors[: spectrum.d_in])
+    seen, sizes, _ = torch.linalg.svd(spectrum.vectors[: spectrum.d_in], full_matrices=False)
+    seen = seen[:, sizes > 1e-6]  # with biases, an eigenvector may be the constant alone
 
     def blind(x: Tensor, hook: object) -> Tensor:
-        basis = seen.to(x)
-        return x - x @ basis @ basis.mT
+        _check_size(x, spectrum.d_in, layer)
+        wide = x.to(seen)  # 16-bit activations, too, lose the whole projection
+        return (wide - wide @ seen @ seen.mT).to(x)
 
     return [(f"blocks.{layer}.mlp.hook_in", blind)]
 
 
 def _rewrite_along(spectrum: Spectrum, direction: Tensor, layer: int, *, keep: bool) -> Hooks:
+    direction = direction.to(spectrum.vectors)
     norm = direction.norm()
     if spectrum.values.ndim != 1 or direction.ndim != 1:
         raise ValueError(
@@ -75,18 +78,29 @@ def _rewrite_along(spectrum: Spectrum, direction: Tensor, layer: int, *, keep: b
     seen: dict[str, Tensor] = {}
 
     def remember(x: Tensor, hook: object) -> None:
+        _check_size(x, spectrum.d_in, layer)
         seen["x"] = x
 
     def rewrite(out: Tensor, hook: object) -> Tensor:
-        explained = spectrum.activations(seen.pop("x")).sum(-1).to(out) / norm.to(out)
-        along = unit.to(out)
-        change = explained - out @ along if keep else -explained
-        return out + change[..., None] * along
+        _check_size(out, len(unit), layer)
+        wide = out.to(unit)
+        explained = spectrum.activations(seen.pop("x")).sum(-1).to(unit) / norm
+        change = explained - wide @ unit if keep else -explained
+        return (wide + change[..., None] * unit).to(out)
 
     return [
-        (f"blocks.{layer}.mlp.hook_in", remember),
+        # the gate's own input: what every hook on the MLP's input has left
+        (f"blocks.{layer}.mlp.gate.hook_in", remember),
         (f"blocks.{layer}.mlp.hook_out", rewrite),
     ]
+
+
+def _check_size(x: Tensor, size: int, layer: int) -> None:
+    if x.shape[-1] != size:
+        raise ValueError(
+            f"Layer {layer}'s MLP has width {x.shape[-1]}, but the spectrum or direction has "
+            f"{size}: take both from this model."
+        )
 
 
 def ablation_curve(
@@ -97,6 +111,7 @@ def ablation_curve(
     layer: int,
     contrast: Token | Literal["mean"] | None = "mean",
     ks: Sequence[int] | None = None,
+    window: int = 256,
     n_random: int = 3,
     n_bootstrap: int = 1000,
     batch_size: int = 16,
@@ -113,6 +128,7 @@ def ablation_curve(
     Args:
         text: documents the model was not trained on.
         ks: numbers of eigenvectors; by default 1, 2, 4, ... up to all.
+        window: tokens that the model reads at a time, at most its context.
         n_random: random draws; the interval covers them too.
         n_bootstrap: resamples of windows of text (and of draws) for the 95 % interval.
 
@@ -125,7 +141,15 @@ def ablation_curve(
     """
     if isinstance(output, Tensor):
         raise ValueError("The curve measures the logit of a token: give a token or a pair.")
-    tensor, direction = model.bilinear_tensor(layer), model.output_direction(output, contrast)
+    if min(n_random, n_bootstrap, batch_size) < 1:
+        raise ValueError(
+            f"n_random={n_random}, n_bootstrap={n_bootstrap} and batch_size={batch_size} must be "
+            "at least 1."
+        )
+    if not isinstance(output, tuple) and contrast is not None and contrast != "mean":
+        output, contrast = (output, contrast), "mean"
+    tensor = model.bilinear_tensor(layer)
+    direction = model.output_direction(output, contrast, layer=layer)
     spectrum = tensor.eigh(direction)
     ks = sorted(set(ks)) if ks is not None else _powers_of_two(spectrum.k)
     if not ks or ks[0] < 1 or ks[-1] > spectrum.k:
@@ -135,7 +159,7 @@ def ablation_curve(
         if isinstance(output, tuple)
         else (model.token_id(output), None)
     )
-    windows = text_windows(model, text)
+    windows = text_windows(model, text, n_tokens=min(window, model.cfg.n_ctx))
     windows = windows[(windows[:, 1:] == answer).any(dim=1)]
     if len(windows) == 0:
         raise ValueError(f"{output!r} is never the right answer in this text: give more text.")
@@ -176,19 +200,32 @@ def k_reaching(curve: pd.DataFrame, share: float = 0.9, *, measure: str = "logit
 
     Returns:
         A k for each of "top", "bottom" and "random".
+
+    Raises:
+        ValueError: if the curve does not reach all eigenvectors, where top, bottom and random have
+            the same effect, or that effect is zero.
     """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be above 0 and at most 1.")
+    last = curve.loc[curve["k"] == curve["k"].max(), measure]
+    everything = last.mean()
+    if everything == 0 or (last - everything).abs().max() > 1e-3 * abs(everything):
+        raise ValueError(
+            f"The effects at k={curve['k'].max()}, {last.round(3).tolist()}, are not one effect of "
+            "all eigenvectors: make the curve with ks up to all of them."
+        )
 
     def first(rows: pd.DataFrame) -> int:
-        rows = rows.sort_values("k")
-        enough = rows[measure] / rows[measure].iloc[-1] >= share
-        return int(rows.loc[enough[::-1].cummin()[::-1], "k"].min())
+        rows = rows.sort_values("k", ascending=False)
+        enough = (rows[measure] / everything >= share - 1e-6).cummin()
+        return int(rows.loc[enough, "k"].min())
 
     return pd.Series({name: first(rows) for name, rows in curve.groupby("eigenvectors")})
 
 
 def text_windows(
-    model: HookedBilinearTransformer, text: Sequence[str]
-) -> Int[Tensor, "n_windows n_ctx"]:
+    model: HookedBilinearTransformer, text: Sequence[str], *, n_tokens: int
+) -> Int[Tensor, "n_windows n_tokens"]:
     """Documents as the model was trained on them: joined, each after the first token, and cut.
 
     Raises:
@@ -196,20 +233,22 @@ def text_windows(
     """
     if model.tokenizer is None:
         raise ValueError("This model has no tokenizer: load it with tokenizer=...")
-    first, n_ctx = model.tokenizer.bos_token_id, model.cfg.n_ctx
+    if isinstance(text, str) or not text:
+        raise ValueError("text must be a list of documents, at least one.")
+    first = model.tokenizer.bos_token_id
     encoded = model.tokenizer(list(text), add_special_tokens=False, verbose=False)["input_ids"]
     stream = [token for ids in encoded for token in (first, *ids)]
-    if len(stream) < n_ctx:
-        raise ValueError(f"The text has {len(stream)} tokens, fewer than one window of {n_ctx}.")
-    n_windows = len(stream) // n_ctx
-    windows = torch.tensor(stream[: n_windows * n_ctx]).unflatten(0, (n_windows, n_ctx))
+    if len(stream) < n_tokens:
+        raise ValueError(f"The text has {len(stream)} tokens, fewer than one window of {n_tokens}.")
+    n_windows = len(stream) // n_tokens
+    windows = torch.tensor(stream[: n_windows * n_tokens]).unflatten(0, (n_windows, n_tokens))
     return windows.to(model.cfg.device)
 
 
 @torch.no_grad()
 def _answers(
     model: HookedBilinearTransformer,
-    windows: Int[Tensor, "n n_ctx"],
+    windows: Int[Tensor, "n n_tokens"],
     answer: int,
     against: int | None,
     hooks: Hooks,

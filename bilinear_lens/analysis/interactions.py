@@ -51,8 +51,9 @@ class InteractionTable:
     def to_pandas(self) -> pd.DataFrame:
         """A row for each listed token: eigenvector, value, share, end, token and what it adds.
 
-        `end` is "+" or "-", by the sign of `projection` = v . e; `contribution` is
-        `value * projection^2`, what the token alone makes the layer write along the direction.
+        End "+" lists the largest values of `projection` = v . e, end "-" the smallest;
+        `contribution` is `value * projection^2`, what the token alone makes the layer write along
+        the direction.
         """
         projections = self.spectrum.projections(self.tokens.directions)
         contributions = self.spectrum.activations(self.tokens.directions)
@@ -92,12 +93,15 @@ class InteractionTable:
         if not 1 <= k <= n * (n + 1) // 2:
             raise ValueError(f"k={k} must be between 1 and the {n * (n + 1) // 2} pairs there are.")
         mapped = tokens @ self.interaction[:d, :d]
-        best, rows, columns = tokens.new_zeros(0), *torch.zeros(2, 0, dtype=torch.long)
+        best, rows, columns = tokens.new_zeros(0), *mapped.new_zeros(2, 0, dtype=torch.long)
         block = max(1, 2**24 // n)
         for start in range(0, n, block):
             products = mapped[start : start + block] @ tokens[start:].mT
-            products = products.triu()  # the pairs below stand in an earlier block or row
-            top = products.abs().flatten().topk(min(k, products.numel())).indices.cpu()
+            upper = torch.ones_like(products, dtype=torch.bool).triu().flatten()
+            # the pairs below the diagonal stand in an earlier block or row
+            magnitudes = products.abs().flatten().masked_fill(~upper, -1)
+            top = magnitudes.topk(min(k, len(magnitudes))).indices
+            top = top[upper[top]]
             best = torch.cat([best, products.flatten()[top]])
             rows = torch.cat([rows, start + top // products.shape[1]])
             columns = torch.cat([columns, start + top % products.shape[1]])
@@ -165,7 +169,7 @@ def interactions(
         ValueError: if the output or layer is unknown, or k or n_tokens is out of range.
     """
     tensor = model.bilinear_tensor(layer)
-    direction = model.output_direction(output, contrast)
+    direction = model.output_direction(output, contrast, layer=layer)
     tokens = model.token_basis()
     if not 1 <= n_tokens <= len(tokens):
         raise ValueError(f"n_tokens={n_tokens} must be between 1 and {len(tokens)}.")
@@ -174,6 +178,10 @@ def interactions(
     whole = tensor.eigh(direction)
     if k > whole.k:  # the pairs beyond have eigenvalue zero
         whole = tensor.eigh(direction, k)
+    if not whole.values.any():
+        raise ValueError(
+            f"Layer {layer} writes nothing along this direction: its weights are zero."
+        )
     random = [random_spectrum(tensor, seed=seed) for seed in range(3)]
     return InteractionTable(
         model=model.cfg.model_name,
@@ -193,12 +201,19 @@ def interactions(
     )
 
 
-def random_spectrum(tensor: BilinearTensor, *, seed: int) -> Spectrum:
-    """The control for a spectrum: that of an output of Gaussian factors of the same shape."""
+def random_spectrum(tensor: BilinearTensor, *, seed: int, norm: float = 1.0) -> Spectrum:
+    """The control for a spectrum: that of an output of Gaussian factors of the same shape.
+
+    Args:
+        norm: the Frobenius norm to scale the interaction to.
+    """
     generator = torch.Generator().manual_seed(seed)
-    left, right = torch.randn(2, *tensor.left.shape, generator=generator)
-    down = torch.randn(1, tensor.rank, generator=generator)
-    return BilinearTensor(left, right, down, tensor.affine).eigh(0)
+    left, right = torch.randn(2, *tensor.left.shape, generator=generator).to(tensor.left)
+    down = torch.randn(1, tensor.rank, generator=generator).to(tensor.left)
+    spectrum = BilinearTensor(left, right, down, tensor.affine).eigh(0)
+    return Spectrum(
+        spectrum.values * (norm / spectrum.values.norm()), spectrum.vectors, tensor.affine
+    )
 
 
 def output_label(

@@ -4,6 +4,7 @@ The only file that knows foreign weight layouts. Weights are read from safetenso
 can run code.
 """
 
+import copy
 import gzip
 import json
 from difflib import get_close_matches
@@ -14,15 +15,21 @@ from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,6 +41,11 @@ AUTHORS_TOKENIZERS = {
     "mistral": "mistral-community/Mixtral-8x22B-v0.1",
 }
 """Where the short names in the authors' configs live on the Hub; others stand for themselves."""
+
+ACTIVATION_NAMES = ("hidden_act", "hidden_activation")
+"""Where configs name the activation of a gate; Gemma has both."""
+
+AUTHORS_GATES = ("linear", "relu", "silu", "gelu")
 
 AUTHORS_KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear")
 
@@ -72,7 +84,7 @@ def load_checkpoint(
     config = _read_config(folder)
     shards = _check_weight_files(folder)
     if "model_type" in config:
-        model = _load_hugging_face(folder, dtype)
+        model = _load_hugging_face(folder, config, dtype)
         named_tokenizer = folder
     elif all(key in config for key in AUTHORS_KEYS):
         weights = {name: w for shard in shards for name, w in load_file(shard).items()}
@@ -90,6 +102,25 @@ def load_checkpoint(
     return model, _found_tokenizer(named_tokenizer, local_only=not on_hub)
 
 
+def check_new(path: str | Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ValueError: if `path` exists.
+    """
+    if Path(path).exists():
+        raise ValueError(f"{path} exists already: give a new folder, or remove it.")
+
+
+def with_linear_name(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy whose linear gate has the one name that Transformers knows for it."""
+    config = copy.deepcopy(config)
+    for name in ACTIVATION_NAMES:
+        if getattr(config, name, None) == "identity":
+            setattr(config, name, "linear")
+    return config
+
+
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path
 ) -> None:
@@ -99,8 +130,7 @@ def save_checkpoint(
         ValueError: if `path` exists or cannot be made.
     """
     path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} exists already: give a new folder, or remove it.")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
@@ -128,6 +158,17 @@ def from_authors_layout(config: dict, weights: dict[str, Tensor]) -> LlamaForCau
     Raises:
         ValueError: if the MLPs are not bilinear, or config and weights contradict each other.
     """
+    for name in ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name} is {config[name]!r} in the config: it must be 1 or more.")
+    if config["d_model"] % config["n_head"]:
+        raise ValueError(
+            f"d_model={config['d_model']} in the config is no multiple of "
+            f"n_head={config['n_head']}."
+        )
+    gate = config.get("gate") or "linear"
+    if gate not in AUTHORS_GATES:
+        raise ValueError(f"gate is {gate!r} in the config: it must be null or {AUTHORS_GATES[1:]}.")
     if not config["bilinear"]:
         raise ValueError(
             "This checkpoint has plain MLPs (bilinear: false in its config); a bilinear lens needs "
@@ -190,7 +231,7 @@ def from_authors_layout(config: dict, weights: dict[str, Tensor]) -> LlamaForCau
             num_hidden_layers=n_layers,
             num_attention_heads=config["n_head"],
             max_position_embeddings=config["n_ctx"],
-            hidden_act=config.get("gate") or "linear",
+            hidden_act=gate,
             mlp_bias=has_bias,
             rms_norm_eps=epsilon,
             tie_word_embeddings=False,
@@ -204,8 +245,10 @@ def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]
     """Where the checkpoint lies on this machine, and whether it came from the Hub."""
     name = str(name_or_path)
     if name in BUILT_IN:
+        if revision is not None:
+            raise ValueError(f"{name} ships with the package: it has no revisions.")
         return built_in(name), False
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name), False
     if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         near = get_close_matches(name, BUILT_IN, n=2, cutoff=0.3)
@@ -214,13 +257,24 @@ def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]
             f"{f' (near: {near})' if near else ''}; otherwise give a folder or a Hub id "
             "(user/name)."
         )
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns)), True
+        return _snapshot(name, revision=revision), True
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
             f"Cannot get {name!r}, which is no folder here, from the Hugging Face Hub: {error}"
         ) from error
+
+
+def _snapshot(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """A Hub repository's weights, configs and tokenizer; nothing below its top folder."""
+    folder = snapshot_download(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
+        ignore_patterns=["*/*", "consolidated*"],
+    )
+    return Path(folder)
 
 
 def _read_config(folder: Path) -> dict:
@@ -253,19 +307,35 @@ def _check_weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _load_hugging_face(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
-    """The model of a folder: nothing left random, nothing left over."""
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+def _load_hugging_face(
+    folder: Path, config: dict, dtype: torch.dtype | Literal["auto"]
+) -> PreTrainedModel:
+    """The model of a folder: nothing left random, nothing left over, no code but Transformers'."""
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder} has model_type {config['model_type']!r}, which Transformers does not know; "
+            "code that comes with a checkpoint is never run."
         )
-    except (RuntimeError, OSError, KeyError) as error:
+    if "hidden_act" in config and config["hidden_act"] is None:
+        config = {**config, "hidden_act": "linear"}
+    try:
+        hf_config = with_linear_name(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder,
+            config=hf_config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, StrictDataclassError) as error:
         raise ValueError(f"{folder} does not load: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"):
         if info[kind]:
             raise ValueError(
-                f"The weights of {folder} contradict its config: {kind.replace('_', ' ')} "
-                f"{sorted(map(str, info[kind]))[:5]}."
+                f"The weights of {folder} contradict its config: {kind.replace('_', ' ')} (with "
+                f"shapes saved and asked for) {sorted(map(str, info[kind]))[:5]}."
             )
     return model
 
@@ -274,8 +344,9 @@ def _given_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrai
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
+        folder, _ = _folder(tokenizer, None)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"Cannot load the tokenizer {str(tokenizer)!r}: {error}") from error
 
 
@@ -284,6 +355,9 @@ def _found_tokenizer(name: str | Path, *, local_only: bool) -> PreTrainedTokeniz
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local_only)
-    except (OSError, ValueError, KeyError):
+        if not isinstance(name, Path):
+            # Transformers asks the network about a name even where it may use local files only
+            name = _snapshot(name, local_files_only=local_only)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, HfHubHTTPError, StrictDataclassError):
         return None

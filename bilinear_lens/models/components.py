@@ -73,6 +73,29 @@ def check_bilinear(model: nn.Module, adapter: ArchitectureAdapter) -> None:
                 )
 
 
+def check_linear_gates(bridge: nn.Module) -> None:
+    """Refuse MLPs whose Hugging Face code is not the product that our component computes.
+
+    `check_bilinear` sees activations that are modules; this one sees any.
+
+    Raises:
+        ValueError: naming the first such layer.
+    """
+    for layer, block in enumerate(bridge.get_submodule("blocks").children()):
+        mlp = block.get_submodule("mlp")
+        weight = mlp.get_parameter("in.weight")
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight)
+        with torch.no_grad():
+            theirs, ours = mlp.get_submodule("_original_component")(x), mlp(x)
+        if (theirs - ours).norm() > 0.05 * ours.norm():
+            raise ValueError(
+                f"Layer {layer}'s MLP is not the product of two linear maps, so it is not a "
+                "tensor: its code applies an activation. Make it bilinear first, with "
+                "bilinear_lens.bilinearize."
+            )
+
+
 def use_bilinear_components(adapter: ArchitectureAdapter) -> None:
     """Replace the adapter's gated MLP component by ours."""
     submodules = adapter.components["blocks"].submodules

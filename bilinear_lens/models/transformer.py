@@ -29,10 +29,17 @@ from transformers import (
 )
 
 from bilinear_lens.basis import Basis
-from bilinear_lens.models.checkpoints import load_checkpoint, save_checkpoint
+from bilinear_lens.models.checkpoints import (
+    ACTIVATION_NAMES,
+    check_new,
+    load_checkpoint,
+    save_checkpoint,
+    with_linear_name,
+)
 from bilinear_lens.models.components import (
     check_bilinear,
     check_finite,
+    check_linear_gates,
     use_bilinear_components,
 )
 from bilinear_lens.tensor import BilinearTensor
@@ -96,14 +103,18 @@ class HookedBilinearTransformer(TransformerBridge):
         """Hook a loaded Hugging Face model, in place: it shares its weights with the result.
 
         Args:
-            fold: fold norm gains into the weights that follow and centre the unembedding, as
-                `enable_compatibility_mode` does (value biases stay where they are, so that
-                the result can be saved). With False the weights stay raw; token and output
-                directions are then not to be had.
+            fold: fold norm gains into the weights that follow, as `enable_compatibility_mode`
+                does. The unembedding is not centred, because `output_direction` does that, and
+                value biases stay where they are, so that the result can be saved. With False the
+                weights stay raw; token and output directions are then not to be had.
 
         Raises:
-            ValueError: if the model is not bilinear, or a weight is not finite.
+            ValueError: if the model is not bilinear, a weight is not finite, or TransformerLens
+                does not compute what the model does.
         """
+        probe = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
+        with torch.no_grad():
+            expected = model.eval()(input_ids=probe).logits.log_softmax(-1)
         architecture = type(model).__name__
         config = build_bridge_config_from_hf(
             model.config,
@@ -118,10 +129,22 @@ class HookedBilinearTransformer(TransformerBridge):
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
-            tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
-        bridge = cls(model.eval(), adapter, tokenizer)
+            # a copy, because TransformerLens adds tokens that it misses
+            tokenizer = configure_tokenizer(copy.deepcopy(tokenizer), adapter.cfg)
+        bridge = cls(model, adapter, tokenizer)
+        check_linear_gates(bridge)
+        with torch.no_grad():
+            error = _disagreement(bridge(probe).log_softmax(-1), expected)
+        if error:
+            raise ValueError(
+                f"TransformerLens wires {architecture} otherwise than Hugging Face does: "
+                f"log-probabilities are off by {error:.2g}, so nothing read here would be true."
+            )
         if fold:
-            bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
+            bridge.enable_compatibility_mode(
+                disable_warnings=True, center_unembed=False, fold_value_biases=False
+            )
+        bridge._folded = fold
         return bridge
 
     @classmethod
@@ -139,6 +162,7 @@ class HookedBilinearTransformer(TransformerBridge):
         Raises:
             ValueError: if the config's MLPs are not bilinear.
         """
+        config = with_linear_name(config)
         return cls.from_hf(AutoModelForCausalLM.from_config(config), tokenizer, fold=fold)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -151,21 +175,20 @@ class HookedBilinearTransformer(TransformerBridge):
             ValueError: if `path` exists or cannot be made, or if the folded weights cannot be
                 expressed in this architecture (then load with `fold=False` and save that).
         """
-        if Path(path).exists():
-            raise ValueError(f"{path} exists already: give a new folder, or remove it.")
+        check_new(path)
         save_checkpoint(self._plain_model(), self.tokenizer, path)
 
     @property
     def folded(self) -> bool:
         """Whether norm gains are folded into the weights."""
-        return self._weights_processed
+        return self._folded
 
     def bilinear_tensor(self, layer: int) -> BilinearTensor:
         """What layer `layer`'s MLP computes, exactly.
 
         Its input is the activation at `blocks.{layer}.mlp.hook_in`, its output that at
         `blocks.{layer}.mlp.hook_out`, which is `blocks.{layer}.hook_mlp_out` unless the
-        architecture norms what an MLP writes (Gemma 2 and 3, OLMo 2).
+        architecture norms what an MLP writes (Gemma 2 and 3, OLMo 2): see `output_direction`.
 
         Raises:
             ValueError: if there is no such layer.
@@ -178,22 +201,34 @@ class HookedBilinearTransformer(TransformerBridge):
         return self.blocks[layer].mlp.bilinear_tensor()
 
     def output_direction(
-        self, output: Output, contrast: Token | Literal["mean"] | None = "mean"
+        self,
+        output: Output,
+        contrast: Token | Literal["mean"] | None = "mean",
+        *,
+        layer: int | None = None,
     ) -> Float[Tensor, " d_model"]:
-        """The direction in the residual stream that raises an output.
+        """The direction in the residual stream that raises an output, in float32.
 
         Args:
             output: a token (string or id), a pair of tokens (the first against the second), or a
                 direction, which is returned as it is.
             contrast: what a token is measured against: "mean" is the mean over the vocabulary
                 (logits are shift-invariant), a token is that token, None is nothing.
+            layer: where that layer's MLP output passes a norm on its way to the residual stream
+                (Gemma 2 and 3, OLMo 2), take its gain into the direction: it then fits
+                `bilinear_tensor(layer)`, up to that norm's positive scale. Elsewhere, no change.
 
         Raises:
-            ValueError: if a token is unknown, or a direction has another size than `d_model`, is
-                zero or is not finite.
+            ValueError: if a token is unknown, a pair or direction is given with a contrast, or a
+                direction has another size than `d_model`, is zero or is not finite.
         """
+        if isinstance(output, (tuple, Tensor)) and contrast != "mean":
+            raise ValueError(
+                f"contrast={contrast!r} is what a single token is measured against: a pair or a "
+                "direction has its own."
+            )
         if isinstance(output, Tensor):
-            direction = output.detach()
+            direction = output.detach().float()
             if direction.shape != (self.cfg.d_model,):
                 raise ValueError(
                     f"direction has shape {list(direction.shape)}; it must be "
@@ -201,17 +236,23 @@ class HookedBilinearTransformer(TransformerBridge):
                 )
         else:
             self._require_folded()
-            unembedding = self.W_U.detach()
+            unembedding = self.W_U.detach().float()
             if isinstance(output, tuple):
+                if len(output) != 2:
+                    raise ValueError(f"{output!r} must be a pair of tokens.")
                 output, contrast = output
                 against = unembedding[:, self.token_id(contrast)]
             elif contrast == "mean":
-                against = unembedding.float().mean(dim=1).to(unembedding)
+                against = unembedding.mean(dim=1)
             elif contrast is None:
                 against = torch.zeros_like(unembedding[:, 0])
             else:
                 against = unembedding[:, self.token_id(contrast)]
             direction = unembedding[:, self.token_id(output)] - against
+        if layer is not None and hasattr(self.blocks[layer], "ln2_post"):
+            with torch.no_grad():  # of an input of ones, a norm gives its gain
+                ones = torch.ones(self.cfg.d_model, dtype=self.cfg.dtype, device=direction.device)
+                direction = direction * self.blocks[layer].ln2_post(ones[None, None])[0, 0].float()
         if not direction.isfinite().all() or not direction.any():
             raise ValueError("The output direction is zero or not finite: nothing writes along it.")
         return direction
@@ -219,13 +260,15 @@ class HookedBilinearTransformer(TransformerBridge):
     def token_basis(self) -> Basis:
         """Each token as an MLP would see it alone: its embedding, normed.
 
-        That is `e / rms(e)`, up to the norm's epsilon, in the folded coordinates of `mlp.hook_in`.
+        That is `e / rms(e)`, up to the norm's epsilon, in the folded coordinates of `mlp.hook_in`;
+        where an architecture has no norm before its MLPs (OLMo 2), it is `e`.
         """
         self._require_folded()
         with torch.no_grad():
             embedding = self.embed(torch.arange(self.cfg.d_vocab, device=self.cfg.device)).float()
-        rms = (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
-        return Basis(embedding / rms, self.token_labels)
+        if hasattr(self.blocks[0], "ln2"):
+            embedding /= (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
+        return Basis(embedding, self.token_labels)
 
     @cached_property
     def token_labels(self) -> list[str]:
@@ -266,12 +309,12 @@ class HookedBilinearTransformer(TransformerBridge):
         if self.token_labels.count(token) == 1:
             return self.token_labels.index(token)
         ids = self.tokenizer.encode(token, add_special_tokens=False)
-        if len(ids) != 1:
+        if len(ids) != 1 or self.token_labels[ids[0]] != token:
             pieces = [self.token_labels[i] for i in ids]
             near = get_close_matches(token, self.token_labels, n=5, cutoff=0.5)
             raise ValueError(
-                f"{token!r} is not one token but {len(ids)}: {pieces}. Give one token (most words "
-                f"begin with a space); near ones: {near}."
+                f"{token!r} is not one token of this model: it reads as {pieces}. Give one token "
+                f"(most words begin with a space); near ones: {near}."
             )
         return ids[0]
 
@@ -301,7 +344,7 @@ class HookedBilinearTransformer(TransformerBridge):
         """As TransformerBridge's.
 
         Raises:
-            ValueError: if the prompt is empty or longer than the context.
+            ValueError: if the prompt is empty, longer than the context, or of unknown ids.
         """
         if isinstance(input, Tensor) and not input.is_floating_point():
             self._check_context(input)
@@ -316,6 +359,12 @@ class HookedBilinearTransformer(TransformerBridge):
                 f"The prompt has {n_tokens} tokens; this model's context is {self.cfg.n_ctx}. "
                 "Shorten it, or pass truncate=True to to_tokens."
             )
+        largest, smallest = int(tokens.max()), int(tokens.min())
+        if smallest < 0 or largest >= self.cfg.d_vocab:
+            raise ValueError(
+                f"Token ids {smallest} to {largest} must lie between 0 and {self.cfg.d_vocab - 1}: "
+                "the tokenizer is not this model's."
+            )
 
     def _require_folded(self) -> None:
         if not self.folded:
@@ -328,7 +377,10 @@ class HookedBilinearTransformer(TransformerBridge):
         """A Hugging Face model with the current weights, not wrapped."""
         wrapped = self.original_model
         config: PretrainedConfig = copy.deepcopy(wrapped.config)  # pyright: ignore
-        if self.folded:  # the unembedding was centred and took the final norm's gain
+        for name in ACTIVATION_NAMES:
+            if getattr(config, name, None) is not None or name == "hidden_act":
+                setattr(config, name, "linear")  # whatever it was: the MLPs are bilinear
+        if self._weights_processed:  # the unembedding took the final norm's gain
             config.tie_word_embeddings = False
         plain = AutoModelForCausalLM.from_config(config).to(wrapped.dtype).eval()
         weights = {
@@ -336,13 +388,22 @@ class HookedBilinearTransformer(TransformerBridge):
             for name, weight in wrapped.state_dict().items()
         }
         plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+        plain.generation_config = wrapped.generation_config
         probe = torch.arange(min(8, self.cfg.d_vocab))[None]
         with torch.no_grad():
             expected = self(probe.to(self.cfg.device)).log_softmax(-1).cpu()
             actual = plain(input_ids=probe).logits.log_softmax(-1)
-        if not torch.allclose(actual, expected, atol=1e-2 if self.cfg.dtype.itemsize < 4 else 1e-4):
+        if error := _disagreement(actual, expected):
             raise ValueError(
-                f"{type(plain).__name__} has no place for its own folded weights (they are off by "
-                f"{(actual - expected).abs().max():.2g}). Load it with fold=False and save that."
+                f"{type(plain).__name__} has no place for its own folded weights: its "
+                f"log-probabilities would be off by {error:.2g}. Load the model with fold=False "
+                "and save that; if hooks are attached, reset_hooks() first."
             )
         return plain
+
+
+def _disagreement(actual: Tensor, expected: Tensor) -> float:
+    """Mean difference of log-probabilities; 0 if rounding explains it."""
+    error = (actual - expected).abs().mean().item()
+    rounding = 1e-4 if actual.dtype.itemsize >= 4 else 0.1
+    return 0.0 if error < rounding else error

@@ -5,13 +5,14 @@ The model is a stock `LlamaForCausalLM`: `hidden_act="linear"` makes its MLPs bi
 """
 
 import json
-import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -21,8 +22,10 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.activations import ACT2FN
 from transformers.trainer_utils import get_last_checkpoint
 
+from bilinear_lens.models.checkpoints import check_new
 from bilinear_lens.training.text import pack, read_stories, train_tokenizer
 
 
@@ -52,6 +55,16 @@ class LanguageRecipe:
         for name in (*sizes, "epochs", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if self.weight_decay < 0 or not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay} must be 0 or more, and warmup={self.warmup} a "
+                "share of the steps."
+            )
+        if self.activation not in ACT2FN:
+            raise ValueError(
+                f"activation={self.activation!r} must be linear, silu, relu, gelu or another that "
+                "Transformers knows."
+            )
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}: "
@@ -127,6 +140,8 @@ def train_language(
     """
     out = Path(out)
     recipes = {recipe.activation: (out, recipe)}
+    if twin and recipe.activation == "silu":
+        raise ValueError("A SwiGLU model (activation=silu) has no SwiGLU twin: train it alone.")
     if twin:
         recipes["silu"] = (Path(f"{out}-swiglu"), replace(recipe, activation="silu"))
     for folder, planned in recipes.values():
@@ -138,18 +153,21 @@ def train_language(
         tok = AutoTokenizer.from_pretrained(tokenizer)
     windows, _ = pack(stories, tok, n_ctx=recipe.n_ctx)
     held_out_windows, tokens_per_byte = pack(held_out_stories, tok, n_ctx=recipe.n_ctx)
-    for folder, planned in recipes.values():
-        _begin(folder, planned)
 
     losses, models = {}, {}
     for activation, (folder, planned) in recipes.items():
         trainer = _trainer(folder, planned, windows, held_out_windows, tok)
+        if trainer.is_world_process_zero():
+            _note_recipe(folder, planned)
+        trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=resume and get_last_checkpoint(_checkpoints(folder)))
         model = trainer.model.to(torch.bfloat16)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
         trainer.model = trainer.model_wrapped = model  # the loss of what is saved
         per_token = trainer.evaluate()["eval_loss"]
         losses[activation] = HeldOutLoss(per_token, per_token * tokens_per_byte)
         models[activation] = model
+    if not PartialState().is_main_process:
+        return losses
     for activation, (folder, planned) in recipes.items():
         partial = Path(f"{folder}.partial")
         models[activation].save_pretrained(partial)
@@ -176,8 +194,10 @@ def _checkpoints(out: Path) -> Path:
 
 def _check_free(out: Path, recipe: LanguageRecipe, resume: bool) -> None:
     """Refuse a folder in use, and checkpoints that this run cannot go on from."""
-    if out.exists():
-        raise ValueError(f"{out} exists already: give a new folder, or remove it.")
+    check_new(out)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"Cannot write {out}: {parent} is no folder that you may write.")
     note = _checkpoints(out) / "recipe.json"
     if note.exists() and not resume:
         raise ValueError(
@@ -191,18 +211,13 @@ def _check_free(out: Path, recipe: LanguageRecipe, resume: bool) -> None:
         )
 
 
-def _begin(out: Path, recipe: LanguageRecipe) -> None:
+def _note_recipe(out: Path, recipe: LanguageRecipe) -> None:
     """Make the folder of checkpoints, which says what recipe they are of."""
-    checkpoints = _checkpoints(out)
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-    except OSError as error:
-        raise ValueError(f"Cannot write to {checkpoints}: {error}.") from error
+    _checkpoints(out).mkdir(parents=True, exist_ok=True)
+    (_checkpoints(out) / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
 
 
 def _trainer(out: Path, recipe: LanguageRecipe, windows, held_out, tokenizer) -> Trainer:
-    steps = math.ceil(len(windows) * recipe.epochs / recipe.batch_size)
     arguments = TrainingArguments(
         output_dir=str(_checkpoints(out)),
         num_train_epochs=recipe.epochs,
@@ -210,7 +225,7 @@ def _trainer(out: Path, recipe: LanguageRecipe, windows, held_out, tokenizer) ->
         per_device_eval_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=round(steps * recipe.warmup),
+        warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
@@ -219,9 +234,9 @@ def _trainer(out: Path, recipe: LanguageRecipe, windows, held_out, tokenizer) ->
         seed=recipe.seed,
         data_seed=recipe.seed,
         eval_strategy="epoch",
-        save_steps=max(1, steps // 10),
+        save_steps=0.1,
         save_total_limit=1,
-        logging_steps=max(1, steps // 100),
+        logging_steps=0.01,
         report_to="none",
     )
     return Trainer(

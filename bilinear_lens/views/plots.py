@@ -20,8 +20,6 @@ _KINDS = {
     "random": ((127, 133, 141), "dot", "diamond"),
 }
 _TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000)
-_ZERO = 0.5
-"""Where a logarithmic axis shows k = 0: one octave below 1."""
 
 
 def spectrum(
@@ -146,7 +144,7 @@ def ablation_curve(
         rows = curve.query("eigenvectors == @kind").sort_values("k")
         if rows.empty:
             continue
-        x = rows["k"].clip(lower=_ZERO).tolist()
+        x = rows["k"].tolist()
         figure.add_scatter(
             name=f"{kind} interval",
             x=x + x[::-1],
@@ -171,13 +169,8 @@ def ablation_curve(
             hovertemplate=f"{kind} %{{customdata[0]}}: %{{y:.4g}} "
             "(%{customdata[1]:.4g} to %{customdata[2]:.4g})<extra></extra>",
         )
-    counts = set(curve["k"])
-    ticks = [_ZERO] * (0 in counts) + [tick for tick in _TICKS if tick <= max(counts)]
-    figure.update_xaxes(
-        type="log",
-        tickvals=ticks,
-        ticktext=["0" if tick == _ZERO else str(tick) for tick in ticks],
-    )
+    ticks = [tick for tick in _TICKS if tick <= max(curve["k"])]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
     return figure
 
 

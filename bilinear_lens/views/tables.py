@@ -146,7 +146,7 @@ def _meter(value: float, largest: float) -> str:
     colour = rgba(NEGATIVE if value < 0 else POSITIVE)
     width = 100 * abs(value) / largest
     return (
-        f'{_minus(f"{value:+.4g}")}<span class="meter" '
+        f'{_minus(f"{value:+#.3g}")}<span class="meter" '
         f'style="width:{width:.0f}%;background:{colour}"></span>'
     )
 
