@@ -1,7 +1,6 @@
-"""Checkpoints: built-in names, folders and Hub ids, and the layout of the paper's authors.
+"""Checkpoints: built-in names, folders and Hub ids, in and out.
 
-The only file that knows foreign weight layouts. Weights are read from safetensors alone: a pickle
-can run code.
+Weights are read from safetensors alone: a pickle can run code.
 """
 
 import copy
@@ -22,32 +21,21 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-BUILT_IN = ("tinystories-1l", "tinystories-4l")
+from bilinear_lens.models import authors
 
-AUTHORS_TOKENIZERS = {
-    "ts-4096": "tdooms/ts-tokenizer-4096",
-    "mistral": "mistral-community/Mixtral-8x22B-v0.1",
-}
-"""Where the short names in the authors' configs live on the Hub; others stand for themselves."""
+BUILT_IN = ("tinystories-1l", "tinystories-4l")
 
 ACTIVATION_NAMES = ("hidden_act", "hidden_activation")
 """Where configs name the activation of a gate; Gemma has both."""
-
-AUTHORS_GATES = ("linear", "relu", "silu", "gelu")
-
-AUTHORS_KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear")
 
 
 def built_in(name: str) -> Path:
@@ -86,16 +74,16 @@ def load_checkpoint(
     if "model_type" in config:
         model = _load_hugging_face(folder, config, dtype)
         named_tokenizer = folder
-    elif all(key in config for key in AUTHORS_KEYS):
+    elif all(key in config for key in authors.KEYS):
         weights = {name: w for shard in shards for name, w in load_file(shard).items()}
-        model = from_authors_layout(config, weights)
+        model = authors.to_llama(config, weights)
         model = model if dtype == "auto" else model.to(dtype)  # pyright: ignore[reportArgumentType]
         name = config.get("tokenizer") or ""
-        named_tokenizer = AUTHORS_TOKENIZERS.get(name, name)
+        named_tokenizer = authors.TOKENIZERS.get(name, name)
     else:
         raise ValueError(
             f"{folder / 'config.json'} is neither a Hugging Face config (it has no model_type) nor "
-            f"in the layout of the paper's authors (which has {', '.join(AUTHORS_KEYS)})."
+            f"in the layout of the paper's authors (which has {', '.join(authors.KEYS)})."
         )
     if tokenizer is not None:
         return model, _given_tokenizer(tokenizer)
@@ -141,104 +129,6 @@ def save_checkpoint(
             folder.rename(path)
     except OSError as error:
         raise ValueError(f"Cannot write {path}: {error}.") from error
-
-
-def from_authors_layout(config: dict, weights: dict[str, Tensor]) -> LlamaForCausalLM:
-    """The paper's authors' language model as a stock Llama, with the same logits.
-
-    Their attention output is scaled by `1 / sqrt(2 n_layer)`, which goes into the output
-    projection. Their norms have no weight, which a weight of 1 is; where they have no norm, one
-    with a huge epsilon and a weight of its root divides and multiplies by the same number, exactly
-    up to rounding.
-
-    Args:
-        config: their `config.json` (public repository tdooms/bilinear-decomposition).
-        weights: their state dict.
-
-    Raises:
-        ValueError: if the MLPs are not bilinear, or config and weights contradict each other.
-    """
-    for name in ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"{name} is {config[name]!r} in the config: it must be 1 or more.")
-    if config["d_model"] % config["n_head"]:
-        raise ValueError(
-            f"d_model={config['d_model']} in the config is no multiple of "
-            f"n_head={config['n_head']}."
-        )
-    gate = config.get("gate") or "linear"
-    if gate not in AUTHORS_GATES:
-        raise ValueError(f"gate is {gate!r} in the config: it must be null or {AUTHORS_GATES[1:]}.")
-    if not config["bilinear"]:
-        raise ValueError(
-            "This checkpoint has plain MLPs (bilinear: false in its config); a bilinear lens needs "
-            "bilinear ones."
-        )
-    d_model, d_hidden, n_layers = config["d_model"], config["d_hidden"], config["n_layer"]
-    has_bias, has_norm = bool(config.get("bias")), config.get("normalization", True)
-    epsilon = 1e-8 if has_norm else 1e12
-    gain = torch.ones(d_model) * (1.0 if has_norm else epsilon**0.5)
-    weights = {
-        name: weight
-        for name, weight in weights.items()
-        if "norm" not in name and not name.endswith("rotary.inv_freq")
-    }
-
-    def take(name: str, *shape: int) -> Tensor:
-        if name not in weights:
-            raise ValueError(f"The checkpoint has no {name}, which its config asks for.")
-        weight = weights.pop(name)
-        if tuple(weight.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(weight.shape)}; the config asks for {list(shape)}."
-            )
-        return weight.float()
-
-    n_vocab = len(weights.get("transformer.wte.weight", ()))
-    state = {
-        "model.embed_tokens.weight": take("transformer.wte.weight", n_vocab, d_model),
-        "lm_head.weight": take("lm_head.weight", n_vocab, d_model),
-        "model.norm.weight": gain,
-    }
-    for layer in range(n_layers):
-        theirs, ours = f"transformer.h.{layer}.", f"model.layers.{layer}."
-        qkv = take(theirs + "attn.qkv.weight", 3 * d_model, d_model).chunk(3)
-        output = take(theirs + "attn.o.weight", d_model, d_model) / (2 * n_layers) ** 0.5
-        left, right = take(theirs + "mlp.w.weight", 2 * d_hidden, d_model).chunk(2)
-        state |= {ours + f"self_attn.{x}_proj.weight": w for x, w in zip("qkv", qkv, strict=True)}
-        state |= {
-            ours + "self_attn.o_proj.weight": output,
-            ours + "mlp.gate_proj.weight": left,
-            ours + "mlp.up_proj.weight": right,
-            ours + "mlp.down_proj.weight": take(theirs + "mlp.p.weight", d_model, d_hidden),
-            ours + "input_layernorm.weight": gain,
-            ours + "post_attention_layernorm.weight": gain,
-        }
-        if has_bias:
-            left_bias, right_bias = take(theirs + "mlp.w.bias", 2 * d_hidden).chunk(2)
-            state |= {
-                ours + "mlp.gate_proj.bias": left_bias,
-                ours + "mlp.up_proj.bias": right_bias,
-                ours + "mlp.down_proj.bias": torch.zeros(d_model),
-            }
-    if weights:
-        raise ValueError(f"The checkpoint has weights that its config has no use for: {[*weights]}")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=n_vocab,
-            hidden_size=d_model,
-            intermediate_size=d_hidden,
-            num_hidden_layers=n_layers,
-            num_attention_heads=config["n_head"],
-            max_position_embeddings=config["n_ctx"],
-            hidden_act=gate,
-            mlp_bias=has_bias,
-            rms_norm_eps=epsilon,
-            tie_word_embeddings=False,
-        )
-    )
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]:

@@ -7,7 +7,6 @@
 """
 
 import copy
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from bilinear_lens.basis import Basis
+from bilinear_lens.models import vocabulary
 from bilinear_lens.models.checkpoints import (
     ACTIVATION_NAMES,
     check_new,
@@ -42,9 +42,9 @@ from bilinear_lens.models.components import (
     check_linear_gates,
     use_bilinear_components,
 )
+from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.tensor import BilinearTensor
 
-Token = str | int
 Output = Token | tuple[Token, Token] | Tensor
 
 
@@ -276,20 +276,7 @@ class HookedBilinearTransformer(TransformerBridge):
 
         A token that is a fragment of a character reads as its piece in the vocabulary.
         """
-        ids = range(self.cfg.d_vocab)
-        if self.tokenizer is None:
-            return [f"#{i}" for i in ids]
-        pieces = self.tokenizer.convert_ids_to_tokens(list(ids))
-        labels = []
-        for i, piece in zip(ids, pieces, strict=True):
-            if piece is None:  # the embedding has more rows than the vocabulary
-                labels.append(f"#{i}")
-            elif "\u2581" in piece:  # SentencePiece's space
-                labels.append(piece.replace("\u2581", " "))
-            else:
-                decoded = self.tokenizer.decode([i])
-                labels.append(piece if "\ufffd" in decoded or not decoded else decoded)
-        return labels
+        return vocabulary.labels(self.tokenizer, self.cfg.d_vocab)
 
     def token_id(self, token: Token) -> int:
         """The id of a token given as a string or an id.
@@ -297,26 +284,7 @@ class HookedBilinearTransformer(TransformerBridge):
         Raises:
             ValueError: if the id is out of range, or the string is not exactly one token.
         """
-        if isinstance(token, int):
-            if not 0 <= token < self.cfg.d_vocab:
-                raise ValueError(f"Token id {token} must be between 0 and {self.cfg.d_vocab - 1}.")
-            return token
-        if self.tokenizer is None:
-            raise ValueError(
-                f"This model has no tokenizer to find {token!r} with: give token ids, or load it "
-                "with tokenizer=..."
-            )
-        if self.token_labels.count(token) == 1:
-            return self.token_labels.index(token)
-        ids = self.tokenizer.encode(token, add_special_tokens=False)
-        if len(ids) != 1 or self.token_labels[ids[0]] != token:
-            pieces = [self.token_labels[i] for i in ids]
-            near = get_close_matches(token, self.token_labels, n=5, cutoff=0.5)
-            raise ValueError(
-                f"{token!r} is not one token of this model: it reads as {pieces}. Give one token "
-                f"(most words begin with a space); near ones: {near}."
-            )
-        return ids[0]
+        return vocabulary.token_id(token, self.token_labels, self.tokenizer)
 
     def to_tokens(
         self,
