@@ -199,12 +199,13 @@ def test_the_k_that_reaches_a_share_lasts():
         bl.k_reaching(curve, 2.0)
 
 
-def test_a_curve_measures_the_logit_by_its_definition(model):
+@pytest.mark.parametrize("output", [" she", (" she", " he")])
+def test_a_curve_measures_the_logit_by_its_definition(model, output):
     """Ablating everything removes the layer's part of the logit, up to the final norm's scale."""
     stories = bl.held_out_stories()[:30]
-    curve = bl.ablation_curve(model, (" she", " he"), stories, layer=0, ks=[256], n_random=1)
+    curve = bl.ablation_curve(model, output, stories, layer=0, ks=[256], n_random=1)
     windows = text_windows(model, stories, n_tokens=256)
-    direction = model.output_direction((" she", " he"))
+    direction = model.output_direction(output)
     she, he = model.token_id(" she"), model.token_id(" he")
     changes, losses = [], []
     for window in windows:
@@ -218,7 +219,8 @@ def test_a_curve_measures_the_logit_by_its_definition(model):
             ablated = model.run_with_hooks(window[None], fwd_hooks=hook)
         where = (window[1:] == she).nonzero()[:, 0]
         change = ablated - clean
-        changes.append(change[0, where, she] - change[0, where, he])
+        against = change[0, where].mean(-1) if output == " she" else change[0, where, he]
+        changes.append(change[0, where, she] - against)
         loss = clean.log_softmax(-1) - ablated.log_softmax(-1)
         losses.append(loss[0, where, she])
     top = curve[curve.eigenvectors == "top"].iloc[0]

@@ -119,8 +119,8 @@ def ablation_curve(
 ) -> pd.DataFrame:
     """What ablating k eigenvectors does to a token on real text, against two controls.
 
-    Measured where the token is the right answer: the change of its logit (for a pair, of the
-    difference of logits) and of the loss. The controls are the k eigenvectors of smallest
+    Measured where the token is the right answer: the change of its logit, against the same contrast
+    as the direction (the mean logit, the other token's, or nothing), and of the loss. The controls are the k eigenvectors of smallest
     magnitude, and k random orthonormal directions, of which the interaction's best rank-k part
     within their span is taken out. At k = d_in all three are the same: nothing is written along
     the direction.
@@ -157,7 +157,7 @@ def ablation_curve(
     answer, against = (
         (model.token_id(output[0]), model.token_id(output[1]))
         if isinstance(output, tuple)
-        else (model.token_id(output), None)
+        else (model.token_id(output), contrast)
     )
     windows = text_windows(model, text, n_tokens=min(window, model.cfg.n_ctx))
     windows = windows[(windows[:, 1:] == answer).any(dim=1)]
@@ -250,7 +250,7 @@ def _answers(
     model: HookedBilinearTransformer,
     windows: Int[Tensor, "n n_tokens"],
     answer: int,
-    against: int | None,
+    against: Token | None,
     hooks: Hooks,
     batch_size: int,
 ) -> Float[Tensor, "positions 2"]:
@@ -258,7 +258,9 @@ def _answers(
     measured = []
     for batch in windows.split(batch_size):
         logits = model.run_with_hooks(batch, fwd_hooks=hooks)[:, :-1][batch[:, 1:] == answer]
-        logit = logits[:, answer] - (0 if against is None else logits[:, against])
+        logit = logits[:, answer]
+        if against is not None:
+            logit = logit - (logits.mean(dim=1) if against == "mean" else logits[:, against])
         measured.append(torch.stack([logit, -logits.log_softmax(-1)[:, answer]], dim=1))
     return torch.cat(measured).float().cpu()
 
