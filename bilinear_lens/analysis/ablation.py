@@ -120,10 +120,10 @@ def ablation_curve(
     """What ablating k eigenvectors does to a token on real text, against two controls.
 
     Measured where the token is the right answer: the change of its logit, against the same contrast
-    as the direction (the mean logit, the other token's, or nothing), and of the loss. The controls are the k eigenvectors of smallest
-    magnitude, and k random orthonormal directions, of which the interaction's best rank-k part
-    within their span is taken out. At k = d_in all three are the same: nothing is written along
-    the direction.
+    as the direction (the mean logit, the other token's, or nothing), and of the loss. The controls
+    are the k eigenvectors of smallest magnitude, and k random orthonormal directions, of which the
+    interaction's best rank-k part within their span is taken out. At k = d_in all three are the
+    same: nothing is written along the direction.
 
     Args:
         text: documents the model was not trained on.
