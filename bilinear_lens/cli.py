@@ -34,7 +34,6 @@ TokenizerOption = Annotated[
     typer.Option(help="A folder, built-in model or Hub id with the tokenizer, instead of its own."),
 ]
 
-STORY = "Once upon a time, there was a little"
 CURVE_TEXTS = 100
 """Documents for an ablation curve: enough for an interval, few enough for a minute."""
 
@@ -58,9 +57,9 @@ def main() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("report.html"),
 ) -> None:
-    """Read the token " named" in a model that ships with the package, and prove it by ablation.
+    """Read the token " named" in a model that ships with the package, and check it by ablation.
 
-    Needs no network. Takes about a minute on two cores.
+    Needs no network. Takes about a minute on two idle cores.
     """
     model = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l")
     _explain(model, " named", layer=0, k=8, contrast="mean", out=out, text=None)
@@ -215,20 +214,28 @@ def _explain(
 ) -> None:
     if out is not None:
         _check_writable(out)
+    elif text is not None:
+        raise ValueError("--text is for the page: give --out, too.")
     table = bl.interactions(model, token, layer=layer, k=k, contrast=contrast)
     console.print(repr(table), markup=False, soft_wrap=True)
     if out is None:
         return
     documents = read_stories([text]) if text else bl.held_out_stories()
+    source = text.name if text else "held-out TinyStories"
+    start = " ".join(documents[0].split()[:8])
     torch.manual_seed(0)
-    generated = str(model.generate(STORY, max_new_tokens=80, temperature=0.7, verbose=False))
+    generated = str(model.generate(start, max_new_tokens=80, temperature=0.7, verbose=False))
     console.print("\n[bold]The model writes[/]\n" + escape(generated))
     curve = bl.ablation_curve(model, token, documents[:CURVE_TEXTS], layer=layer, contrast=contrast)
-    console.print("\n[bold]Ablation[/]: change of the token's logit where it is the right answer")
-    effects = curve.pivot(index="k", columns="eigenvectors", values="logit").round(2)
+    console.print(
+        f"\n[bold]Ablation[/]: change of the logit, {escape(table.output)}, where the token is the "
+        f"right answer in {escape(source)}, without k eigenvectors"
+    )
+    effects = curve.pivot(index="k", columns="eigenvectors", values="logit")
+    effects = effects.reindex(columns=["top", "random", "bottom"]).round(2) + 0.0  # no -0.00
     effects.columns.name = None
     console.print(
-        effects.to_string(),
+        effects.to_string(float_format="{:.2f}".format),
         markup=False,
     )
     reached = bl.k_reaching(curve)
@@ -241,6 +248,7 @@ def _explain(
         table,
         curve=curve,
         read=passage(model, documents, model.token_id(token)),
+        source=source,
         generated=generated,
     )
     save_page(out, page)

@@ -35,6 +35,7 @@ def token_page(
     *,
     curve: pd.DataFrame,
     read: Int[Tensor, " n_tokens"],
+    source: str,
     generated: str,
 ) -> str:
     """A self-contained HTML page about one output of one layer.
@@ -42,6 +43,7 @@ def token_page(
     Args:
         curve: of the same output, from `ablation_curve`.
         read: tokens of a text, to be coloured by the eigenvectors' activations.
+        source: where the text and that of the curve come from.
         generated: text that the model wrote.
     """
     frame = table.to_pandas()
@@ -61,9 +63,9 @@ def token_page(
     d_model = directions.shape[1]
     matrix = directions @ table.interaction[:d_model, :d_model] @ directions.mT
     return page(
-        f"What writes {table.output}",
-        lead=f"{table.header}. Everything here but the coloured text, the attention and the "
-        "ablation is read from the weights.",
+        f"What writes {table.output.removesuffix(' - mean')}",
+        lead=f"{table.header}. A mean is that over the vocabulary. Everything here but the "
+        "coloured text, the attention and the ablation is read from the weights.",
         sections=[
             Section(
                 "Eigenvectors",
@@ -89,8 +91,9 @@ def token_page(
             ),
             Section(
                 "On text",
-                "A text that the model was not trained on. Blue raises the output, red lowers it: "
-                "choose an eigenvector, and point at a token for the value.",
+                f"From {source}. The further a token's colour is from the page's own, the more the "
+                "chosen eigenvector adds there: bluish raises the output, reddish lowers it. Point "
+                "at a token for the value.",
                 tokens.text(words, table.spectrum.activations(cache[mlp_in][0]), labels=names),
             ),
             Section(
@@ -105,12 +108,14 @@ def token_page(
             ),
             Section(
                 "Ablation",
-                f"Is the table true? On {curve['n_positions'].iloc[0]} positions of held-out text "
-                "where the token is the right answer, k eigenvectors are taken out of the running "
-                "model. Controls: those of smallest magnitude, and random orthonormal directions. "
-                "Bands are 95 % bootstrap intervals.",
+                f"Is the table true? On {curve['n_positions'].iloc[0]} positions of {source} where "
+                "the token is the right answer, k eigenvectors are taken out of the running model. "
+                "Controls: those of smallest magnitude, and random orthonormal directions. Bands "
+                "are 95 % bootstrap intervals.",
                 [
-                    plots.ablation_curve(curve, measure="logit", title="Change of the logit"),
+                    plots.ablation_curve(
+                        curve, measure="logit", title=f"Change of the logit, {table.output}"
+                    ),
                     plots.ablation_curve(curve, measure="loss", title="Change of the loss (nats)"),
                 ],
             ),

@@ -85,7 +85,9 @@ def test_errors_are_one_line_with_exit_code_2(run, tmp_path):
         "explain tinystories-1l ' girl' --out no/such.html": "Cannot write no/such.html",
         "explain tinystories-1l ' yacht' --out page.html": "never the right answer",
         "explain mute ' girl'": "has no tokenizer",
-        "train language x --text no.txt --held-out no.txt": "Cannot read no.txt",
+        "train language x --text no.txt --held-out no.txt": "There is no file no.txt",
+        "explain tinystories-1l ' girl' --text no.txt": "--text is for the page",
+        "convert mute other --tokenizer tinystories-1l": "the tokenizer is not this model's",
         "convert nothing somewhere": "No model or folder 'nothing'",
     }
     for line, expected in cases.items():

@@ -142,7 +142,7 @@ def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("A cat.")
     assert "exists already" in fault("there")
     assert "Cannot write" in fault("file/model")
-    assert "Cannot read" in fault(text=[tmp_path / "nothing.txt"])
+    assert "There is no file" in fault(text=[tmp_path / "nothing.txt"])
     assert "No text in" in fault(text=[tmp_path / "blank.txt"])
     assert "Cannot read" in fault(text=[tmp_path / "latin.txt"])
     assert "fewer than one window" in fault(held_out=[tmp_path / "short.txt"])

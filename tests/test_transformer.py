@@ -261,8 +261,10 @@ def test_an_unknown_word_is_not_the_unknown_token():
 
 def test_a_tokenizer_of_another_model_is_named():
     tokenizer = word_tokenizer("[UNK]", *(f"w{i}" for i in range(50)))
-    model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]), tokenizer)
-    assert "the tokenizer is not this model's" in fault(lambda: model("w3 w45", prepend_bos=False))
+    plain = random_model(CONFIGS["llama"])
+    message = fault(lambda: bl.HookedBilinearTransformer.from_hf(plain, tokenizer))
+    assert "ids up to 50, but the model has 37" in message
+    model = bl.HookedBilinearTransformer.from_hf(plain)
     assert "Token ids" in fault(lambda: model(torch.tensor([[37]])))
 
 

@@ -162,7 +162,7 @@ def ablation_curve(
     windows = text_windows(model, text, n_tokens=min(window, model.cfg.n_ctx))
     windows = windows[(windows[:, 1:] == answer).any(dim=1)]
     if len(windows) == 0:
-        raise ValueError(f"{output!r} is never the right answer in this text: give more text.")
+        raise ValueError(f"{output!r} is never the right answer in this text: give other text.")
 
     def measure(hooks: Hooks) -> Float[Tensor, "positions 2"]:
         return _answers(model, windows, answer, against, hooks, batch_size)

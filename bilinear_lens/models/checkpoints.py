@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from bilinear_lens.models import authors
+from bilinear_lens.models.vocabulary import check_tokenizer
 
 BUILT_IN = ("tinystories-1l", "tinystories-4l")
 
@@ -86,7 +87,9 @@ def load_checkpoint(
             f"in the layout of the paper's authors (which has {', '.join(authors.KEYS)})."
         )
     if tokenizer is not None:
-        return model, _given_tokenizer(tokenizer)
+        given = _given_tokenizer(tokenizer)
+        check_tokenizer(given, model.config.vocab_size)
+        return model, given
     return model, _found_tokenizer(named_tokenizer, local_only=not on_hub)
 
 
@@ -141,7 +144,7 @@ def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]
     if name and Path(name).is_dir():
         return Path(name), False
     if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        near = get_close_matches(name, BUILT_IN, n=2, cutoff=0.3)
+        near = get_close_matches(name, BUILT_IN, n=2, cutoff=0.6)
         raise KeyError(
             f"No model or folder {name!r}. Built-in models: {', '.join(BUILT_IN)}"
             f"{f' (near: {near})' if near else ''}; otherwise give a folder or a Hub id "

@@ -129,6 +129,7 @@ class HookedBilinearTransformer(TransformerBridge):
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
+            vocabulary.check_tokenizer(tokenizer, model.config.vocab_size)
             # a copy, because TransformerLens adds tokens that it misses
             tokenizer = configure_tokenizer(copy.deepcopy(tokenizer), adapter.cfg)
         bridge = cls(model, adapter, tokenizer)
@@ -254,7 +255,10 @@ class HookedBilinearTransformer(TransformerBridge):
                 ones = torch.ones(self.cfg.d_model, dtype=self.cfg.dtype, device=direction.device)
                 direction = direction * self.blocks[layer].ln2_post(ones[None, None])[0, 0].float()
         if not direction.isfinite().all() or not direction.any():
-            raise ValueError("The output direction is zero or not finite: nothing writes along it.")
+            raise ValueError(
+                "The output direction is zero (is the contrast the output itself?) or not finite: "
+                "nothing writes along it."
+            )
         return direction
 
     def token_basis(self) -> Basis:

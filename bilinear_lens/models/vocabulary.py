@@ -28,6 +28,20 @@ def labels(tokenizer: PreTrainedTokenizerBase | None, size: int) -> list[str]:
     return found
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Refuse a tokenizer that gives ids past the model's `size` tokens.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= size:
+        raise ValueError(
+            f"The tokenizer gives ids up to {largest}, but the model has {size} tokens: the "
+            "tokenizer is not this model's."
+        )
+
+
 def token_id(token: Token, labels: list[str], tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The id of a token given as a string or an id.
 
@@ -40,8 +54,8 @@ def token_id(token: Token, labels: list[str], tokenizer: PreTrainedTokenizerBase
         return token
     if tokenizer is None:
         raise ValueError(
-            f"This model has no tokenizer to find {token!r} with: give token ids, or load it "
-            "with tokenizer=..."
+            f"This model has no tokenizer to find {token!r} with: give an id, or load "
+            "the model with a tokenizer (tokenizer=..., --tokenizer)."
         )
     if labels.count(token) == 1:
         return labels.index(token)

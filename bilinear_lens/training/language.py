@@ -268,7 +268,6 @@ def model_card(
     made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
     return f"""\
 ---
-language: en
 library_name: transformers
 tags: [bilinear, interpretability]
 ---
@@ -290,6 +289,5 @@ Held-out loss, of models trained the same way:
 {rows}
 {made}
 **Use**: `bilinear_lens.HookedBilinearTransformer.from_pretrained(...)`, or
-`transformers.AutoModelForCausalLM.from_pretrained(...)`. It tells short stories for small children
-and knows nothing else.
+`transformers.AutoModelForCausalLM.from_pretrained(...)`. It is there to be read, not to be used.
 """

@@ -23,6 +23,8 @@ def read_stories(files: Sequence[str | Path]) -> list[str]:
         try:
             with opener(file, "rt", encoding="utf-8") as stream:
                 text = stream.read()
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no file {file}.") from error
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(f"Cannot read {file} as UTF-8 text: {error}.") from error
         stories += [story.strip() for story in text.split(END_OF_TEXT) if story.strip()]

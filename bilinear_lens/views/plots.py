@@ -106,7 +106,7 @@ def interaction_matrix(
         ],
         hovertext=[[f"{row} and {column}" for column in names] for row in names],
         hovertemplate="%{hovertext}: %{z:+.4g}<extra></extra>",
-        colorbar={"outlinewidth": 0, "thickness": 12},
+        colorbar={"outlinewidth": 0, "thickness": 12, "len": 0.7},
     )
     # numbered axes: the same token may stand twice
     ticks = {"tickvals": list(range(len(names))), "ticktext": names, "showgrid": False}
