@@ -140,7 +140,10 @@ def test_a_gated_checkpoint_converts_and_is_refused_by_the_lens(tmp_path):
 
 def test_a_tokenizer_may_be_given(tmp_path):
     config = AUTHORS | {"tokenizer": "nobody/nothing"}
-    folder = write(tmp_path / "theirs", config, authors_weights(config))
+    weights = authors_weights(config)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = torch.randn(4096, 24, generator=torch.Generator().manual_seed(0))
+    folder = write(tmp_path / "theirs", config, weights)
     given = built_in("tinystories-1l")
     model = bl.HookedBilinearTransformer.from_pretrained(folder, tokenizer=given)
     assert model.token_labels[5] == "%"

@@ -1,5 +1,7 @@
 """The hooked model: the law on the trained models, directions, tokens, saving, bad input."""
 
+import copy
+
 import pytest
 import torch
 from models import CONFIGS, random_model, some_tokens
@@ -133,6 +135,22 @@ def test_a_layers_output_direction_takes_the_gain_of_a_norm_after_the_mlp(name):
     torch.testing.assert_close(written @ fitted, reached, atol=1e-3, rtol=1e-3)
     assert torch.allclose(written @ plain, reached, atol=1e-3) == (name == "llama")
     torch.testing.assert_close(bl.interactions(model, 5, layer=1, k=1).direction, fitted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architectures_output_direction_reads_its_logits(name):
+    config = copy.deepcopy(CONFIGS[name])
+    vars(config)["final_logit_softcapping"] = None  # Gemma 2's bends the logits
+    model = bl.HookedBilinearTransformer.from_hf(random_model(config))
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(some_tokens())
+    final = cache["blocks.2.hook_out"]
+    x = final / final.square().mean(-1, keepdim=True).sqrt()
+    expected = logits[..., 5] - logits[..., 6]
+    torch.testing.assert_close(x @ model.output_direction((5, 6)), expected, atol=1e-3, rtol=1e-3)
+    mean = logits[..., 5] - logits.mean(-1)
+    torch.testing.assert_close(x @ model.output_direction(5), mean, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(mean, expected, atol=1e-2)
 
 
 def test_a_raw_direction_is_not_centred(model):

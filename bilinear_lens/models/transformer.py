@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import (
@@ -237,7 +237,8 @@ class HookedBilinearTransformer(TransformerBridge):
                 )
         else:
             self._require_folded()
-            unembedding = self.W_U.detach().float()
+            gain = self._gain(self.ln_final)  # ones, unless the architecture cannot be folded
+            unembedding = self.W_U.detach().float() * gain[:, None]
             if isinstance(output, tuple):
                 if len(output) != 2:
                     raise ValueError(f"{output!r} must be a pair of tokens.")
@@ -251,9 +252,7 @@ class HookedBilinearTransformer(TransformerBridge):
                 against = unembedding[:, self.token_id(contrast)]
             direction = unembedding[:, self.token_id(output)] - against
         if layer is not None and hasattr(self.blocks[layer], "ln2_post"):
-            with torch.no_grad():  # of an input of ones, a norm gives its gain
-                ones = torch.ones(self.cfg.d_model, dtype=self.cfg.dtype, device=direction.device)
-                direction = direction * self.blocks[layer].ln2_post(ones[None, None])[0, 0].float()
+            direction = direction * self._gain(self.blocks[layer].ln2_post)
         if not direction.isfinite().all() or not direction.any():
             raise ValueError(
                 "The output direction is zero (is the contrast the output itself?) or not finite: "
@@ -337,6 +336,12 @@ class HookedBilinearTransformer(TransformerBridge):
                 f"Token ids {smallest} to {largest} must lie between 0 and {self.cfg.d_vocab - 1}: "
                 "the tokenizer is not this model's."
             )
+
+    @torch.no_grad()
+    def _gain(self, norm: nn.Module) -> Float[Tensor, " d_model"]:
+        """What a norm multiplies by: its output for an input of ones."""
+        ones = torch.ones(1, 1, self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
+        return norm(ones)[0, 0].float()
 
     def _require_folded(self) -> None:
         if not self.folded:
