@@ -13,6 +13,8 @@ from bilinear_lens.analysis.ablation import (
     keep_eigenvectors,
     project_out,
 )
+from bilinear_lens.models.classifier import ClassifierConfig, HookedBilinearClassifier
+from bilinear_lens.training.images import LabelledImages, load_images
 from bilinear_lens.tensor import BilinearTensor
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.basis import Basis
@@ -27,6 +29,10 @@ __all__ = [
     "project_out",
     "ablation_curve",
     "k_reaching",
+    "HookedBilinearClassifier",
+    "ClassifierConfig",
+    "load_images",
+    "LabelledImages",
     "BilinearTensor",
     "Spectrum",
     "Basis",

@@ -107,6 +107,32 @@ class BilinearTensor:
             down = torch.cat([down, down_bias[:, None]], dim=1)
         return cls(left, right, down, affine=True)
 
+    def with_linear(self, weight: Float[Tensor, "{self.d_out} {self.d_in}"]) -> "BilinearTensor":
+        """The exact tensor of `B(x) + weight @ x`, such as a layer with its residual connection.
+
+        Each row of `weight` times the constant coordinate, which a tensor without biases gains.
+
+        Raises:
+            ValueError: if `weight` has another shape than `[d_out, d_in]`.
+        """
+        if weight.shape != (self.d_out, self.d_in):
+            raise ValueError(
+                f"weight has shape {list(weight.shape)}; it must be [{self.d_out}, {self.d_in}]."
+            )
+        left, right = self.left, self.right
+        if not self.affine:
+            left, right = (torch.cat([w, w.new_zeros(self.rank, 1)], dim=1) for w in (left, right))
+        rows = torch.cat([weight.to(left), left.new_zeros(self.d_out, 1)], dim=1)
+        constant = torch.zeros_like(rows)
+        constant[:, -1] = 1
+        outputs = torch.eye(self.d_out, dtype=left.dtype, device=left.device)
+        return BilinearTensor(
+            torch.cat([left, rows]),
+            torch.cat([right, constant]),
+            torch.cat([self.down, outputs], dim=1),
+            affine=True,
+        )
+
     @property
     def d_in(self) -> int:
         """Size of the input that the caller passes."""
@@ -237,9 +263,38 @@ class BilinearTensor:
             raise ValueError("The similarity to a zero tensor is not defined.")
         return self.inner(other) / norms
 
-    def output_gram(self) -> Float[Tensor, "d_out d_out"]:
-        """Inner products between the interactions of the output coordinates."""
-        return self.down @ self._factor_gram(self) @ self.down.mT
+    def output_gram(self, other: "BilinearTensor | None" = None) -> Float[Tensor, "d_out d_out"]:
+        """Inner products `tr(A_o B_p)` between the interactions of the output coordinates.
+
+        Args:
+            other: a tensor of the same spaces for the columns; by default this one.
+
+        Raises:
+            ValueError: if the spaces differ.
+        """
+        other = self if other is None else other
+        self._check_same_space(other)
+        return self.down @ self._factor_gram(other) @ other.down.mT
+
+    def input_gram(
+        self, outputs: Float[Tensor, "{self.d_out} {self.d_out}"] | None = None
+    ) -> Float[Tensor, "coords coords"]:
+        """`sum over o, p, j of B[o, i, j] outputs[o, p] B[p, k, j]`: what each input carries.
+
+        Its leading eigenvectors are the input modes of the HOSVD.
+
+        Args:
+            outputs: a symmetric metric of the output coordinates; by default the identity.
+        """
+        metric = self.down if outputs is None else outputs.to(self.down) @ self.down
+        weight = self.down.mT @ metric
+        half = (
+            self.left.mT @ (weight * (self.right @ self.right.mT)) @ self.left
+            + self.right.mT @ (weight * (self.left @ self.left.mT)) @ self.right
+            + self.left.mT @ (weight * (self.right @ self.left.mT)) @ self.right
+            + self.right.mT @ (weight * (self.left @ self.right.mT)) @ self.left
+        )
+        return (half + half.mT) / 8
 
     def hosvd(self, k: int | None = None) -> OutputModes:
         """Left singular vectors of the tensor flattened to `[d_out, d_in^2]`.

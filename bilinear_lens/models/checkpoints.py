@@ -6,6 +6,8 @@ Weights are read from safetensors alone: a pickle can run code.
 import copy
 import gzip
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -120,18 +122,45 @@ def save_checkpoint(
     Raises:
         ValueError: if `path` exists or cannot be made.
     """
+    with write_folder(path) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def write_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end of the block, or not at all.
+
+    Raises:
+        ValueError: if `path` exists or cannot be made.
+    """
     path = Path(path)
     check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
             folder = Path(partial) / path.name
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            folder.mkdir()
+            yield folder
             folder.rename(path)
     except OSError as error:
         raise ValueError(f"Cannot write {path}: {error}.") from error
+
+
+def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[dict, Path]:
+    """The config and the weight file of a saved `HookedBilinearClassifier`.
+
+    Raises:
+        KeyError: if there is no such folder.
+        ValueError: if the folder holds something else, or its weights are cut short.
+    """
+    folder, _ = _folder(name_or_path, revision)
+    config = _read_config(folder)
+    if config.pop("architecture", None) != "HookedBilinearClassifier":
+        raise ValueError(f"{folder} holds no HookedBilinearClassifier.")
+    (weights,) = _check_weight_files(folder)
+    return config, weights
 
 
 def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]:

@@ -1,0 +1,451 @@
+"""HookedBilinearClassifier: bilinear layers between an embedding and an unembedding, norm-free.
+
+- for images, and for toys: whatever is a vector in and some outputs out
+- hooks and weights are named as in the transformer
+- without norms the whole model is a chain of tensors, `tensors()`; of one layer, a single tensor
+  from pixels to logits
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from bilinear_lens.models.checkpoints import classifier_files, write_folder
+from bilinear_lens.models.fitting import FitRecipe, check_targets, fit
+from bilinear_lens.tensor import BilinearTensor
+
+PIXEL_SLACK = 1e-3
+"""How far past 0 and 1 rounding may bring a pixel."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The shape of a classifier.
+
+    Raises:
+        ValueError: if a size is not positive, or there is not one label for each class.
+    """
+
+    input_shape: tuple[int, ...]
+    """`(channels, height, width)` of images, `(n,)` of vectors."""
+    n_classes: int
+    """Outputs: the classes of images, the targets of a toy."""
+    d_model: int = 300
+    d_mlp: int | None = None
+    """Products a layer computes. None: as many as d_model, and they are what the layer writes
+    (`W_out` is the identity and not trained), as in arXiv 2410.08417, section 4."""
+    n_layers: int = 1
+    residual: bool = False
+    """Whether a layer adds to its input instead of replacing it."""
+    bias: bool = False
+    """Whether layers have biases."""
+    labels: tuple[str, ...] = ()
+    """A name for each class; by default their numbers."""
+
+    def __post_init__(self) -> None:
+        # from JSON they are lists
+        object.__setattr__(self, "input_shape", tuple(self.input_shape))
+        labels = tuple(self.labels) or tuple(map(str, range(self.n_classes)))
+        object.__setattr__(self, "labels", labels)
+        sizes = {
+            "input_shape": math.prod(self.input_shape) if self.input_shape else 0,
+            "n_classes": self.n_classes,
+            "d_model": self.d_model,
+            "d_mlp": 1 if self.d_mlp is None else self.d_mlp,
+            "n_layers": self.n_layers,
+        }
+        if small := [name for name, size in sizes.items() if size < 1]:
+            raise ValueError(f"{small} must be at least 1: {asdict(self)}.")
+        if len(labels) != self.n_classes or len(set(labels)) != len(labels):
+            raise ValueError(
+                f"labels {labels} must be {self.n_classes} different names: one for each class."
+            )
+
+    @property
+    def d_in(self) -> int:
+        """Numbers in an input."""
+        return math.prod(self.input_shape)
+
+
+class BilinearMLP(nn.Module):
+    """`W_out^T ((W_gate^T x + b_gate) * (W_in^T x + b_in)) + b_out`, hooked as in TransformerLens.
+
+    Without `d_mlp`, `W_out` is the identity.
+    """
+
+    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        d_mlp = cfg.d_mlp or cfg.d_model
+        self.W_gate = _uniform(cfg.d_model, d_mlp, generator=generator)
+        self.W_in = _uniform(cfg.d_model, d_mlp, generator=generator)
+        self.W_out: Tensor
+        if cfg.d_mlp is None:
+            self.register_buffer("W_out", torch.eye(d_mlp), persistent=False)
+        else:
+            self.W_out = _uniform(d_mlp, cfg.d_model, generator=generator)
+        self.b_gate = nn.Parameter(torch.zeros(d_mlp)) if cfg.bias else None
+        self.b_in = nn.Parameter(torch.zeros(d_mlp)) if cfg.bias else None
+        self.b_out = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.bias else None
+        self.hook_in = HookPoint()
+        self.hook_pre = HookPoint()
+        self.hook_pre_linear = HookPoint()
+        self.hook_post = HookPoint()
+        self.hook_out = HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = self.hook_in(x)
+        gate, linear = x @ self.W_gate, x @ self.W_in
+        if self.b_gate is not None:
+            gate, linear = gate + self.b_gate, linear + self.b_in
+        out = self.hook_post(self.hook_pre(gate) * self.hook_pre_linear(linear))
+        if isinstance(self.W_out, nn.Parameter):
+            out = out @ self.W_out
+        return self.hook_out(out if self.b_out is None else out + self.b_out)
+
+    def bilinear_tensor(self) -> BilinearTensor:
+        """What the layer computes, from `hook_in` to `hook_out`."""
+        left_bias, right_bias, down_bias = (
+            None if bias is None else bias.detach() for bias in (self.b_gate, self.b_in, self.b_out)
+        )
+        return BilinearTensor.with_biases(
+            self.W_gate.detach().mT,
+            self.W_in.detach().mT,
+            self.W_out.detach().mT,
+            left_bias=left_bias,
+            right_bias=right_bias,
+            down_bias=down_bias,
+        )
+
+
+class BilinearBlock(nn.Module):
+    """A layer: its MLP's output, added to its input if the model is residual."""
+
+    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.residual = cfg.residual
+        self.mlp = BilinearMLP(cfg, generator)
+        self.hook_resid_pre = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = self.hook_resid_pre(x)
+        out = self.hook_mlp_out(self.mlp(x))
+        return self.hook_resid_post(x + out if self.residual else out)
+
+    def tensor(self) -> BilinearTensor:
+        """What the layer computes, from `hook_resid_pre` to `hook_resid_post`."""
+        mlp = self.mlp.bilinear_tensor()
+        return mlp.with_linear(torch.eye(mlp.d_in)) if self.residual else mlp
+
+
+class Embed(nn.Module):
+    """`x W_E`: pixels to the residual stream."""
+
+    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.W_E = _uniform(cfg.d_in, cfg.d_model, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_model"]:
+        return x @ self.W_E
+
+
+class Unembed(nn.Module):
+    """`x W_U`: the residual stream to logits."""
+
+    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.W_U = _uniform(cfg.d_model, cfg.n_classes, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_classes"]:
+        return x @ self.W_U
+
+
+class HookedBilinearClassifier(HookedRootModule):
+    """Embedding, bilinear layers, unembedding; no norms (arXiv 2410.08417, section 4).
+
+    Make one with `from_config` or `from_pretrained`. Hooks: `hook_embed`; for each layer
+    `blocks.{l}.hook_resid_pre`, `blocks.{l}.mlp.{hook_in, hook_pre, hook_pre_linear, hook_post,
+    hook_out}`, `blocks.{l}.hook_mlp_out`, `blocks.{l}.hook_resid_post`.
+    """
+
+    def __init__(self, cfg: ClassifierConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        generator = torch.Generator().manual_seed(seed)
+        self.embed = Embed(cfg, generator)
+        self.hook_embed = HookPoint()
+        self.blocks = nn.ModuleList(BilinearBlock(cfg, generator) for _ in range(cfg.n_layers))
+        self.unembed = Unembed(cfg, generator)
+        self.setup()
+
+    @classmethod
+    def from_config(
+        cls, config: ClassifierConfig | None = None, *, seed: int = 0, **fields: Any
+    ) -> "HookedBilinearClassifier":
+        """A model with random weights, from a `ClassifierConfig` or its fields.
+
+        For example `from_config(input_shape=(1, 28, 28), n_classes=10)`.
+
+        Raises:
+            ValueError: as `ClassifierConfig`, or if both or neither are given.
+        """
+        if (config is None) == (not fields):
+            raise ValueError("Give a ClassifierConfig, or its fields as keywords.")
+        return cls(ClassifierConfig(**fields) if config is None else config, seed=seed)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None
+    ) -> "HookedBilinearClassifier":
+        """A saved model, from a folder or a Hugging Face Hub id.
+
+        Raises:
+            KeyError: if there is no such folder.
+            ValueError: if the folder holds no classifier, or its weights contradict its config.
+        """
+        config, weights_file = classifier_files(name_or_path, revision)
+        try:
+            model = cls(ClassifierConfig(**config))
+            model.load_state_dict(load_file(weights_file))
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"The weights of {name_or_path} contradict its config: {error}"
+            ) from error
+        return model
+
+    def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
+        """Save config and safetensors to a new folder, which appears whole or not at all.
+
+        Args:
+            card: Markdown that says how the model was made, for a `README.md` beside them.
+
+        Raises:
+            ValueError: if `path` exists or cannot be made.
+        """
+        config = {"architecture": type(self).__name__, **asdict(self.cfg)}
+        with write_folder(path) as folder:
+            (folder / "config.json").write_text(json.dumps(config, indent=1))
+            weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+            save_file(weights, folder / "model.safetensors")
+            if card is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "*batch n_classes"]:
+        """Logits for images `[*batch, *input_shape]` (0 to 1), or flat ones `[*batch, d_in]`.
+
+        Raises:
+            ValueError: if the images are of another shape, or integers.
+        """
+        x = self.hook_embed(self.embed(self.flatten(images)))
+        for block in self.blocks:
+            x = block(x)
+        return self.unembed(x)
+
+    def run_with_cache(self, *args, return_cache_object: bool = True, **kwargs):
+        """As TransformerLens's: what `forward` returns, and an `ActivationCache` of every hook."""
+        out, cache = super().run_with_cache(*args, **kwargs)
+        return out, ActivationCache(cache, self) if return_cache_object else cache
+
+    def flatten(self, images: Float[Tensor, "..."]) -> Float[Tensor, "*batch {self.cfg.d_in}"]:
+        """Images as vectors of pixels.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if not images.is_floating_point():
+            raise ValueError(
+                f"The images are {images.dtype}; give floats from 0 to 1: images.float() / 255."
+            )
+        shape = self.cfg.input_shape
+        if images.shape[-len(shape) :] == shape:
+            images = images.flatten(-len(shape))
+        elif images.shape[-1:] != (self.cfg.d_in,):
+            raise ValueError(
+                f"Inputs {list(images.shape)} do not fit this model, which takes "
+                f"[..., {', '.join(map(str, shape))}] or flat [..., {self.cfg.d_in}]."
+            )
+        return images.to(self.W_E)
+
+    def fit(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        held_out: tuple[Tensor, Tensor] | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Train in place with AdamW, a cosine schedule and the papers' regularisers.
+
+        Args:
+            inputs: images `[n, *input_shape]` from 0 to 1, or vectors.
+            targets: class numbers `[n]`, trained with cross-entropy; or floats `[n, n_classes]`,
+                trained with the mean squared error.
+            held_out: inputs and targets to measure after every epoch.
+            progress: whether to show a progress bar.
+            **options: fields of `FitRecipe`: epochs, batch_size, learning_rate, weight_decay,
+                input_noise, salt_and_pepper, latent_noise, dropout, l1, seed, bf16.
+
+        Returns:
+            A row for each epoch: `epoch`, `loss`, and with class numbers `accuracy`; the same
+            with the prefix `held_out_` where that was given.
+
+        Raises:
+            ValueError: if inputs or targets do not fit the model, hold NaN, lack a class, or an
+                option is out of range; before any training.
+        """
+        recipe = FitRecipe(**options)
+        return fit(
+            self,
+            self._checked(inputs, targets, every_class=True),
+            recipe,
+            reads=[f"blocks.{layer}.mlp.hook_in" for layer in range(self.cfg.n_layers)],
+            held_out=None if held_out is None else self._checked(*held_out, every_class=False),
+            progress=progress,
+        )
+
+    def _checked(
+        self, inputs: Tensor, targets: Tensor, *, every_class: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs as vectors, and targets, on the model's device, once they are known to fit it."""
+        x = self.flatten(inputs)
+        check_targets(x, targets, self.cfg.n_classes, every_class=every_class)
+        is_image = len(self.cfg.input_shape) == 3
+        if is_image and (x.min() < -PIXEL_SLACK or x.max() > 1 + PIXEL_SLACK):
+            raise ValueError(
+                f"Pixels run from {x.min():.3g} to {x.max():.3g}: give them from 0 to 1 "
+                "(bytes / 255)."
+            )
+        return x.to(self.W_E.device), targets.to(self.W_E.device)
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Int[Tensor, " n"]) -> float:
+        """The share of images whose largest logit is their label's.
+
+        Raises:
+            ValueError: if images or labels do not fit the model.
+        """
+        x, labels = self._checked(images, labels, every_class=False)
+        hits = [
+            (self(batch).argmax(-1) == batch_labels).sum()
+            for batch, batch_labels in zip(x.split(4096), labels.split(4096), strict=True)
+        ]
+        return torch.stack(hits).sum().item() / len(labels)
+
+    def bilinear_tensor(
+        self, layer: int = 0, *, inputs: Literal["pixels", "hidden"] = "pixels"
+    ) -> BilinearTensor:
+        """What layer `layer`'s MLP writes, at `blocks.{layer}.mlp.hook_out`, exactly.
+
+        Args:
+            inputs: "pixels" folds the embedding in, so that eigenvectors are orthonormal images;
+                "hidden" takes the activation at `blocks.{layer}.mlp.hook_in`, as the papers'
+                code does, whose eigenvectors are not orthogonal any more once drawn as pixels.
+
+        Raises:
+            ValueError: if there is no such layer, or pixels reach it through other layers.
+        """
+        if not 0 <= layer < self.cfg.n_layers:
+            raise ValueError(
+                f"layer={layer} must be between 0 and {self.cfg.n_layers - 1}: "
+                f"this model has {self.cfg.n_layers}."
+            )
+        if inputs not in ("pixels", "hidden"):
+            raise ValueError(f'inputs={inputs!r} must be "pixels" or "hidden".')
+        tensor = self.blocks[layer].mlp.bilinear_tensor()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        if inputs == "hidden":
+            return tensor
+        if layer > 0:
+            raise ValueError(
+                f"Layer {layer} is of degree {2 ** (layer + 1)} in the pixels, no tensor of them: "
+                'read it with inputs="hidden", or the chain of all layers with tensors().'
+            )
+        return tensor.change_basis(inputs=self.W_E.detach())
+
+    def tensors(self) -> list[BilinearTensor]:
+        """The model as a chain, one tensor a layer: `logits = tensors[-1](...(tensors[0](x)))`.
+
+        The embedding is folded into the first, the unembedding into the last, and residual
+        connections and biases are exact, by a constant coordinate. A model of one layer is its
+        only tensor.
+        """
+        chain = [block.tensor() for block in self.blocks]  # pyright: ignore[reportCallIssue]
+        chain[0] = chain[0].change_basis(inputs=self.W_E.detach())
+        chain[-1] = chain[-1].change_basis(outputs=self.W_U.detach().mT)
+        return chain
+
+    def output_direction(
+        self, label: str | int, contrast: str | int | None = "mean"
+    ) -> Float[Tensor, " d_model"]:
+        """The direction in the residual stream that raises a class.
+
+        Args:
+            label: a class, by name or number.
+            contrast: what it is measured against: "mean" is the mean over the classes (logits are
+                shift-invariant), a class is that class, None is nothing.
+
+        Raises:
+            ValueError: if a class is unknown, or is its own contrast.
+        """
+        unembedding = self.W_U.detach()
+        direction = unembedding[:, self.class_number(label)]
+        if contrast == "mean":
+            direction = direction - unembedding.mean(dim=1)
+        elif contrast is not None:
+            direction = direction - unembedding[:, self.class_number(contrast)]
+        if not direction.any():
+            raise ValueError(f"{label!r} against {contrast!r} is zero: nothing writes along it.")
+        return direction
+
+    def class_number(self, label: str | int) -> int:
+        """The number of a class given by name or number.
+
+        Raises:
+            ValueError: if there is no such class.
+        """
+        if isinstance(label, int) and 0 <= label < self.cfg.n_classes:
+            return label
+        if label in self.cfg.labels:
+            return self.cfg.labels.index(label)  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"There is no class {label!r}; the classes are {list(self.cfg.labels)}.")
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_in d_model"]:
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model n_classes"]:
+        return self.unembed.W_U
+
+    @property
+    def W_gate(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        return self._stacked("W_gate")
+
+    @property
+    def W_in(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        return self._stacked("W_in")
+
+    @property
+    def W_out(self) -> Float[Tensor, "n_layers d_mlp d_model"]:
+        return self._stacked("W_out")
+
+    def _stacked(self, name: str) -> Tensor:
+        return torch.stack([getattr(block.mlp, name) for block in self.blocks])
+
+
+def _uniform(d_in: int, d_out: int, *, generator: torch.Generator) -> nn.Parameter:
+    """As `nn.Linear` starts its weights."""
+    return nn.Parameter(
+        torch.empty(d_in, d_out).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+    )
