@@ -263,17 +263,17 @@ class BilinearTensor:
             raise ValueError("The similarity to a zero tensor is not defined.")
         return self.inner(other) / norms
 
-    def output_gram(self, other: "BilinearTensor | None" = None) -> Float[Tensor, "d_out d_out"]:
+    def output_gram(self, other: "BilinearTensor | None" = None) -> Float[Tensor, "d_out others"]:
         """Inner products `tr(A_o B_p)` between the interactions of the output coordinates.
 
         Args:
-            other: a tensor of the same spaces for the columns; by default this one.
+            other: a tensor of the same inputs, for the columns; by default this one.
 
         Raises:
-            ValueError: if the spaces differ.
+            ValueError: if the inputs differ.
         """
         other = self if other is None else other
-        self._check_same_space(other)
+        self._check_same_space(other, outputs=False)
         return self.down @ self._factor_gram(other) @ other.down.mT
 
     def input_gram(
@@ -326,12 +326,12 @@ class BilinearTensor:
         crossed = (self.left @ other.right.mT) * (self.right @ other.left.mT)
         return (parallel + crossed) / 2
 
-    def _check_same_space(self, other: "BilinearTensor") -> None:
+    def _check_same_space(self, other: "BilinearTensor", *, outputs: bool = True) -> None:
         mine, theirs = (
             (t.d_in, t.d_out, "with biases" if t.affine else "without biases", t.left.dtype)
             for t in (self, other)
         )
-        if mine != theirs:
+        if mine[::2] != theirs[::2] or mine[3] != theirs[3] or (outputs and mine != theirs):
             raise ValueError(
                 f"Both tensors need the same (d_in, d_out), dtype, and both biases or none: {mine} "
                 f"and {theirs}. Bring one to the other's coordinates with change_basis."

@@ -39,41 +39,42 @@ class Job:
 
 def jobs() -> list[Job]:
     """Every run, the most important first; several groups may ask for the same one."""
-    noise = {"input_noise": 0.4}
-    long = {"epochs": 100}
+    long, short = {"epochs": 100}, {"epochs": 20}
     quiet = {"input_noise": 0.0, "weight_decay": 0.0}
+    regularisers = {
+        "none": {},
+        "noise 0.4": {"input_noise": 0.4},
+        "decay 1": {"weight_decay": 1.0},
+        "latent noise 0.33": {"latent_noise": 0.33},
+        "dropout 0.2": {"dropout": 0.2},
+        "L1 1e-5": {"l1": 1e-5},
+        "salt and pepper 0.1": {"salt_and_pepper": 0.1},
+    }
     table = [
-        ("reference", "mnist", {**long}, {}),
+        ("reference", "mnist", long, {}),
         *[
             ("trade-off", "mnist", {"epochs": epochs, "weight_decay": decay}, {})
-            for epochs in (20, 50, 100)
-            for decay in (0.5, 1.0, 2.0)
+            for epochs, decays in ((20, (0.5, 1.0, 2.0)), (50, (0.5, 1.0, 2.0)), (100, (0.5, 2.0)))
+            for decay in decays
         ],
-        *[
-            ("trade-off", "mnist", {"epochs": 50, "batch_size": 512, "weight_decay": decay}, {})
-            for decay in (0.5, 1.0)
-        ],
-        ("none", "mnist", {**long, **quiet}, {}),
-        ("noise 0.4", "mnist", {**long, **quiet, **noise}, {}),
-        ("decay 0.5", "mnist", {**long, **quiet, "weight_decay": 0.5}, {}),
-        ("decay 1", "mnist", {**long, **quiet, "weight_decay": 1.0}, {}),
         ("masks", "mnist", {"epochs": 30, "input_noise": 0.15, "weight_decay": 0.0},
          {"d_model": 512, "residual": True}),
-        ("latent noise 0.33", "mnist", {**long, **quiet, "latent_noise": 0.33}, {}),
-        ("dropout 0.2", "mnist", {**long, **quiet, "dropout": 0.2}, {}),
-        ("L1 1e-5", "mnist", {**long, **quiet, "l1": 1e-5}, {}),
-        ("salt and pepper 0.1", "mnist", {**long, **quiet, "salt_and_pepper": 0.1}, {}),
-        ("reference", "fashion-mnist", {**long}, {}),
-        *[("size", "mnist", {**long}, {"d_model": width}) for width in (30, 100)],
-        ("none", "fashion-mnist", {**long, **quiet}, {}),
-        ("noise 0.4", "fashion-mnist", {**long, **quiet, **noise}, {}),
-        ("decay 1", "fashion-mnist", {**long, **quiet, "weight_decay": 1.0}, {}),
-        ("trade-off", "fashion-mnist", {"epochs": 20}, {}),
+        *[("depth", "mnist", short, {"d_model": 100, "n_layers": layers}) for layers in (2, 3)],
         *[
-            ("depth", "mnist", {"epochs": 20, "input_noise": 0.4, "weight_decay": 1.0},
-             {"d_model": 100, "n_layers": layers}) for layers in (2, 3)
+            ("regulariser", "mnist", {**short, **quiet, **options}, {})
+            for options in regularisers.values()
         ],
-        ("trade-off", "mnist", {"epochs": 200, "weight_decay": 2.0}, {}),
+        ("rank", "mnist", {**long, **quiet}, {}),
+        ("rank", "mnist", {**long, **quiet, "input_noise": 0.4}, {}),
+        ("rank", "mnist", {**long, **quiet, "weight_decay": 0.5}, {}),
+        ("rank", "mnist", {**long, **quiet, "weight_decay": 1.0}, {}),
+        *[("size", "mnist", long, {"d_model": width}) for width in (30, 100)],
+        ("reference", "fashion-mnist", {"epochs": 50}, {}),
+        *[
+            ("regulariser", "fashion-mnist", {**short, **quiet, **options}, {})
+            for options in regularisers.values()
+        ],
+        ("trade-off", "mnist", {"epochs": 50, "batch_size": 512}, {}),
     ]  # fmt: skip
     return [
         Job(group, data, seed, fit, model) for group, data, fit, model in table for seed in SEEDS

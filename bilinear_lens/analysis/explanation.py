@@ -1,0 +1,111 @@
+"""Explanation: which eigenvectors made a classifier see a class in one input, adding up exactly."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bilinear_lens.models.classifier import HookedBilinearClassifier
+from bilinear_lens.spectrum import Spectrum
+
+REST = -1
+"""The number of the row that sums the eigenvectors that are not listed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The eigenvectors that fired for one input, for the classes of the largest logits."""
+
+    image: Float[Tensor, " d_in"]
+    logits: pd.Series
+    """By class."""
+    table: pd.DataFrame
+    """Columns `class`, `eigenvector` (its rank by magnitude; -1 is the rest), `value`,
+    `projection`, `activation`: a class's activations sum to its logit."""
+    spectrum: Spectrum
+    """Of the classes in the table, `[classes, k]`."""
+    space: str
+    """What the eigenvectors are patterns of: "pixels", or "hidden" in a model of many layers."""
+
+    @property
+    def prediction(self) -> str:
+        """The class of the largest logit."""
+        return str(self.logits.idxmax())
+
+    def __repr__(self) -> str:
+        shown = self.table.replace({"eigenvector": {REST: "rest"}})
+        logits = self.logits.sort_values(ascending=False).head(3)
+        top = ", ".join(f"{label} {value:.2f}" for label, value in logits.items())
+        return f"logits: {top}\n{shown.to_string(index=False, float_format='{:.3f}'.format)}"
+
+
+@torch.no_grad()
+def explain_image(
+    model: HookedBilinearClassifier,
+    image: Float[Tensor, "..."],
+    *,
+    classes: int | list[str | int] = 3,
+    k: int = 5,
+) -> Explanation:
+    """Which eigenvectors fired for an image, and how much each adds (arXiv 2410.08417, appendix C).
+
+    A logit is exactly the sum of all its eigenvectors' activations, biases and residual connections
+    included. In a model of one layer they are pixel patterns; in a deeper one, patterns of what its
+    last layer reads.
+
+    Args:
+        image: one image of the model's shape, or flat.
+        classes: how many, of the largest logits, or which.
+        k: how many eigenvectors of each class to list, the largest activations first.
+
+    Raises:
+        ValueError: if the image does not fit or is not finite, a class is unknown, or `k` is not
+            between 1 and the number of eigenvectors.
+    """
+    x = model.flatten(image)
+    if x.ndim != 1:
+        raise ValueError(f"The input {list(image.shape)} holds {len(x)} images: give one.")
+    if not x.isfinite().all():
+        raise ValueError("The image holds NaN or infinite pixels.")
+    *below, last = model.tensors()
+    read = x
+    for tensor in below:
+        read = tensor(read)
+    logits = model(x)
+    if isinstance(classes, int):
+        if not 1 <= classes <= model.cfg.n_classes:
+            raise ValueError(f"classes={classes} must be between 1 and {model.cfg.n_classes}.")
+        numbers: list[int] = logits.topk(classes).indices.tolist()
+    else:
+        numbers = [model.class_number(label) for label in classes]
+    directions = torch.eye(model.cfg.n_classes).to(x)[numbers]
+    spectrum = last.eigh(directions)
+    if not 1 <= k <= spectrum.k:
+        raise ValueError(f"k={k} must be between 1 and the {spectrum.k} eigenvectors there are.")
+    projections, activations = spectrum.projections(read), spectrum.activations(read)
+    rows = []
+    for i, number in enumerate(numbers):
+        label = model.cfg.labels[number]
+        fired = activations[i].abs().topk(k).indices
+        for j in fired.tolist():
+            rows.append(
+                {
+                    "class": label,
+                    "eigenvector": j,
+                    "value": spectrum.values[i, j].item(),
+                    "projection": projections[i, j].item(),
+                    "activation": activations[i, j].item(),
+                }
+            )
+        listed = activations[i, fired].double().sum()
+        rest = (activations[i].double().sum() - listed).item()
+        rows.append({"class": label, "eigenvector": REST, "activation": rest})
+    return Explanation(
+        image=x,
+        logits=pd.Series(logits.tolist(), index=model.cfg.labels),
+        table=pd.DataFrame(rows),
+        spectrum=spectrum,
+        space="pixels" if not below else "hidden",
+    )

@@ -1,0 +1,54 @@
+"""Similarity: do two models compute the same thing? By eigenvectors, and free of their gauge.
+
+Eigenvectors of close eigenvalues mix freely, so their cosine understates agreement; the cosine of
+interaction matrices, and of whole tensors (`BilinearTensor.similarity`), does not.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.tensor import BilinearTensor
+
+
+def eigenvector_similarity(a: Spectrum, b: Spectrum, *, k: int = 1) -> Float[Tensor, "*batch k"]:
+    """`|cos|` between the i-th most positive eigenvectors of both, for i below k.
+
+    The measure of arXiv 2410.08417, figure 5. An affine spectrum's constant counts.
+
+    Raises:
+        ValueError: if the spectra differ in shape, or have fewer than `k` positive eigenvalues.
+    """
+    if a.vectors.shape[:-1] != b.vectors.shape[:-1] or a.affine != b.affine:
+        raise ValueError(
+            f"vectors {list(a.vectors.shape)} and {list(b.vectors.shape)} must be of the same "
+            "outputs and inputs."
+        )
+    first, second = (_most_positive(spectrum, k) for spectrum in (a, b))
+    return (first * second).sum(-2).abs() / (first.norm(dim=-2) * second.norm(dim=-2))
+
+
+def _most_positive(spectrum: Spectrum, k: int) -> Float[Tensor, "*batch coords k"]:
+    values, order = spectrum.values.sort(dim=-1, descending=True)
+    if k < 1 or k > spectrum.k or (values[..., k - 1] <= 0).any():
+        raise ValueError(
+            f"k={k} must be at least 1 and at most the number of positive eigenvalues, of which "
+            f"the poorest output has {int((values > 0).sum(-1).min())}."
+        )
+    order = order[..., None, :k].expand(*spectrum.vectors.shape[:-1], k)
+    return spectrum.vectors.gather(-1, order)
+
+
+def interaction_similarity(a: BilinearTensor, b: BilinearTensor) -> Float[Tensor, " d_out"]:
+    """`tr(A B) / (|A| |B|)` between the interaction matrices of each output, from the factors.
+
+    Raises:
+        ValueError: if the spaces differ, or an interaction is zero.
+    """
+    if a.d_out != b.d_out:
+        raise ValueError(f"The tensors have {a.d_out} and {b.d_out} outputs: compare equals.")
+    inner = a.output_gram(b).diagonal()
+    norms = (a.output_gram().diagonal() * b.output_gram().diagonal()).sqrt()
+    if not norms.all():
+        raise ValueError("The similarity to a zero interaction is not defined.")
+    return inner / norms
