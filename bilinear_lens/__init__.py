@@ -15,6 +15,11 @@ from bilinear_lens.analysis.ablation import (
 )
 from bilinear_lens.models.classifier import ClassifierConfig, HookedBilinearClassifier
 from bilinear_lens.training.images import LabelledImages, load_images
+from bilinear_lens.analysis.explanation import Explanation, explain_image
+from bilinear_lens.analysis.truncation import activation_spectrum, truncation_curve
+from bilinear_lens.analysis.factorize import Factorization, factorize
+from bilinear_lens.analysis.depth import DiagonalChain, diagonalize
+from bilinear_lens.analysis.masks import adversarial_masks, masked_predictions
 from bilinear_lens.tensor import BilinearTensor
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.basis import Basis
@@ -33,6 +38,16 @@ __all__ = [
     "ClassifierConfig",
     "load_images",
     "LabelledImages",
+    "explain_image",
+    "Explanation",
+    "truncation_curve",
+    "activation_spectrum",
+    "factorize",
+    "Factorization",
+    "diagonalize",
+    "DiagonalChain",
+    "adversarial_masks",
+    "masked_predictions",
     "BilinearTensor",
     "Spectrum",
     "Basis",

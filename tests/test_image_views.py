@@ -11,7 +11,7 @@ import torch
 
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
-from bilinear_lens.views import images
+from bilinear_lens.views import images, measures
 
 SHAPES = [(1, 5, 7), (3, 2, 5), (7,)]
 EVIL = "<b>x</b>"
@@ -243,7 +243,7 @@ def test_atoms_that_are_parallel_or_zero_are_drawn():
 
 
 def test_truncation_shows_a_line_and_a_band_for_each_order(curves):
-    figure = images.truncation(curves, title="t")
+    figure = measures.truncation(curves, title="t")
     band, line, other_band, other = traces(figure, "scatter")
     assert (line["name"], other["name"]) == ("eigenvectors", "&lt;b&gt;x&lt;/b&gt;")
     assert (line["x"], line["y"]) == ([1, 2, 7, 8], [1.0, 0.5, 1 / 7, 0.125])
@@ -254,13 +254,13 @@ def test_truncation_shows_a_line_and_a_band_for_each_order(curves):
     assert (figure.layout.xaxis.type, figure.layout.xaxis.tickvals) == ("log", (1, 2, 7))
     assert figure.layout.yaxis.title.text == "accuracy lost"
     renamed = curves.rename(columns=lambda name: name.replace("lost", "left"))
-    assert images.truncation(renamed, y="left").layout.yaxis.title.text == "left"
+    assert measures.truncation(renamed, y="left").layout.yaxis.title.text == "left"
     many = pd.concat([curves.assign(order=str(number)) for number in range(7)])
-    assert len(traces(images.truncation(many), "scatter")) == 14
+    assert len(traces(measures.truncation(many), "scatter")) == 14
 
 
 def test_the_trade_off_has_error_bars_both_ways(points):
-    figure = images.trade_off(points)
+    figure = measures.trade_off(points)
     noise, other = traces(figure, "scatter")
     assert (noise["x"], noise["y"]) == ([0.9], [0.5])
     assert noise["error_x"]["array"] == pytest.approx([0.05])
@@ -269,7 +269,7 @@ def test_the_trade_off_has_error_bars_both_ways(points):
     assert other["name"] == other["hovertext"][0] == "&lt;b&gt;x&lt;/b&gt;"
     assert noise["marker"] != other["marker"]
     assert figure.layout.yaxis.type == "log"
-    assert images.trade_off(points.assign(lost_low=0.0)).layout.yaxis.type is None
+    assert measures.trade_off(points.assign(lost_low=0.0)).layout.yaxis.type is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -301,8 +301,8 @@ def test_figures_bring_no_background(explained, curves, points):
         images.class_spectrum(ONE, shape=(7,)),
         images.explanation(image, logits, table, spectrum, shape=(10,)),
         images.atoms(tensor, shape=(7,), labels=["a", "b", "c"]),
-        images.truncation(curves),
-        images.trade_off(points),
+        measures.truncation(curves),
+        measures.trade_off(points),
         images.pictures(image[None], shape=(10,), labels=["a"], signed=False),
     ):
         assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0, 0, 0, 0)"
@@ -406,11 +406,11 @@ def test_an_explanation_that_does_not_fit_is_refused(explained, change, words):
 )
 def test_curves_and_points_that_lack_something_are_refused(curves, points, change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        images.truncation(change(curves))
+        measures.truncation(change(curves))
     with pytest.raises(ValueError, match=re.escape(words)):
-        images.trade_off(change(points))
+        measures.trade_off(change(points))
 
 
 def test_no_part_is_kept_at_k_0(curves):
     with pytest.raises(ValueError, match="k=0"):
-        images.truncation(curves.replace({"k": 1}, 0))
+        measures.truncation(curves.replace({"k": 1}, 0))

@@ -181,7 +181,7 @@ def _products(
         )
     affine = any(tensor.affine for tensor in (*a, *b))
     first, second = (_homogeneous(chain, affine=affine) for chain in (a, b))
-    return tuple(_inner(*pair) for pair in ((first, first), (second, second), (first, second)))
+    return _inner(first, first), _inner(second, second), _inner(first, second)
 
 
 def _inner(a: Sequence[BilinearTensor], b: Sequence[BilinearTensor]) -> float:

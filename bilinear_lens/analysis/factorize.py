@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.whitening import whiten
+from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
 
 SHRINK = 0.85
@@ -53,7 +54,7 @@ def factorize(
 
     For given directions the best weights are a linear system in Gram matrices of the factors, so
     only the directions are searched, by L-BFGS; nothing of size `d_in^2` is formed, and an
-    evaluation costs `O(n_atoms rank d_in)`.
+    evaluation costs `O(n_atoms rank d)` in the d dimensions that the tensor reads.
 
     Args:
         n_atoms: how many atoms all outputs share.
@@ -88,6 +89,9 @@ def factorize(
         target = target.change_basis(outputs=torch.eye(n).to(target.down) - 1 / n)
     if target.norm() == 0:
         raise ValueError("The tensor is zero (or, with contrast, the same for all outputs).")
+    modes = Spectrum.of(target.input_gram())  # the best atoms lie in the span of the target's own
+    span = modes.vectors[:, modes.values > 1e-14 * modes.values.max()]
+    target = target.change_basis(inputs=span.mT)
     # differences between outputs alone: the target of a contrast lies in this projection
     metric = torch.eye(target.d_out).to(target.down) - (1 / target.d_out if contrast else 0)
     found = []
@@ -107,8 +111,8 @@ def factorize(
         found.append((target.similarity(atoms.change_basis(outputs=metric)).item(), atoms))
     similarity, atoms = max(found, key=lambda each: each[0])
     if inputs is not None:
-        filters = whiten(tensor, inputs).filters.double()
-        atoms = BilinearTensor(atoms.left @ filters.mT, atoms.right @ filters.mT, atoms.down)
+        span = whiten(tensor, inputs).filters.double() @ span
+    atoms = BilinearTensor(atoms.left @ span.mT, atoms.right @ span.mT, atoms.down)
     return Factorization(
         _largest_first(atoms, tensor), similarity, tuple(each[0] for each in found)
     )

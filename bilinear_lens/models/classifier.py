@@ -105,7 +105,7 @@ class BilinearMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         x = self.hook_in(x)
         gate, linear = x @ self.W_gate, x @ self.W_in
-        if self.b_gate is not None:
+        if self.b_gate is not None and self.b_in is not None:
             gate, linear = gate + self.b_gate, linear + self.b_in
         out = self.hook_post(self.hook_pre(gate) * self.hook_pre_linear(linear))
         if isinstance(self.W_out, nn.Parameter):
@@ -252,7 +252,9 @@ class HookedBilinearClassifier(HookedRootModule):
             x = block(x)
         return self.unembed(x)
 
-    def run_with_cache(self, *args, return_cache_object: bool = True, **kwargs):
+    def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args, return_cache_object: bool = True, **kwargs
+    ) -> tuple[Tensor, ActivationCache | dict[str, Tensor]]:
         """As TransformerLens's: what `forward` returns, and an `ActivationCache` of every hook."""
         out, cache = super().run_with_cache(*args, **kwargs)
         return out, ActivationCache(cache, self) if return_cache_object else cache

@@ -29,8 +29,8 @@ class FitRecipe:
     """The highest: it falls to 0 by a cosine."""
     weight_decay: float = 1.0
     """AdamW's; it is what makes spectra steep."""
-    input_noise: float = 0.4
-    """Standard deviation of the Gaussian noise on each pixel (of range 0 to 1)."""
+    input_noise: float = 0.0
+    """Standard deviation of the Gaussian noise on each input (pixels run from 0 to 1)."""
     salt_and_pepper: float = 0.0
     """Share of the inputs set to 0 or 1."""
     latent_noise: float = 0.0
@@ -204,7 +204,7 @@ def _noisy(x: Tensor, recipe: FitRecipe, generator: torch.Generator) -> Tensor:
 
 def _regularisers(
     recipe: FitRecipe, reads: Sequence[str], generator: torch.Generator
-) -> list[tuple[str, Callable]]:
+) -> list[tuple[str | Callable, Callable]]:
     def add_noise(x: Tensor, hook: object) -> Tensor:
         scale = recipe.latent_noise * x.detach().std(dim=-1, keepdim=True)
         return x + scale * _normal(x, generator)

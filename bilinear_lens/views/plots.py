@@ -9,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear_lens.spectrum import Spectrum
-from bilinear_lens.views.style import NEGATIVE, POSITIVE, rgba, visible
+from bilinear_lens.views import style
+from bilinear_lens.views.style import DIVERGING, GREY, NEGATIVE, POSITIVE, rgba, visible
 
-_GREY = "#7f858d"
-_GRID = "rgba(127, 133, 141, 0.25)"
 _HATCH = "rgba(255, 255, 255, 0.45)"
 _KINDS = {
     "top": ((0, 153, 118), "solid", "circle"),
@@ -41,7 +40,7 @@ def spectrum(
     if top < 1:
         raise ValueError(f"top={top} must be at least 1.")
     values = _values(spectrum, "spectrum")[:top]
-    figure = _figure(title, x="eigenvector", y="|eigenvalue|")
+    figure = style.figure(title, x="eigenvector", y="|eigenvalue|")
     for name, colour, hatch, sign in (
         ("positive", POSITIVE, "", 1),
         ("negative", NEGATIVE, "/", -1),
@@ -65,7 +64,7 @@ def spectrum(
             x=list(range(len(magnitudes))),
             y=magnitudes,
             mode="lines",
-            line={"color": _GREY, "width": 2, "dash": "dot"},
+            line={"color": GREY, "width": 2, "dash": "dot"},
             hovertemplate="control %{x}: %{y:.4g}<extra></extra>",
         )
     return figure.update_layout(bargap=0.15, barmode="overlay")
@@ -93,17 +92,12 @@ def interaction_matrix(
     if (matrix - matrix.mT).abs().max() > 1e-4 * bound:
         raise ValueError("matrix is not symmetric: pass (matrix + matrix.mT) / 2.")
     names = [escape(visible(label), quote=False) for label in labels]
-    figure = _figure(title)
+    figure = style.figure(title)
     figure.add_heatmap(
         z=matrix.tolist(),
         zmin=-bound,
         zmax=bound,
-        colorscale=[
-            [0, rgba(NEGATIVE)],
-            [0.5, rgba(NEGATIVE, 0.0)],
-            [0.5, rgba(POSITIVE, 0.0)],
-            [1, rgba(POSITIVE)],
-        ],
+        colorscale=DIVERGING,
         hovertext=[[f"{row} and {column}" for column in names] for row in names],
         hovertemplate="%{hovertext}: %{z:+.4g}<extra></extra>",
         colorbar={"outlinewidth": 0, "thickness": 12, "len": 0.7},
@@ -139,7 +133,7 @@ def ablation_curve(
         raise ValueError(f"eigenvectors {sorted(unknown)} must be of {list(_KINDS)}.")
     if curve.empty:
         raise ValueError("The curve has no rows: ablate at least one number of eigenvectors.")
-    figure = _figure(title, x="eigenvectors", y=f"effect on the {measure}")
+    figure = style.figure(title, x="eigenvectors", y=f"effect on the {measure}")
     for kind, (colour, dash, symbol) in _KINDS.items():
         rows = curve.query("eigenvectors == @kind").sort_values("k")
         if rows.empty:
@@ -180,35 +174,3 @@ def _values(spectrum: Spectrum, name: str) -> list[float]:
             f"{name} holds {list(spectrum.values.shape)} eigenvalues: give that of one direction."
         )
     return spectrum.values.tolist()
-
-
-def _figure(title: str | None, *, x: str = "", y: str = "") -> go.Figure:
-    """An empty figure without a background of its own, in greys that any background bears."""
-    axis = {"gridcolor": _GRID, "linecolor": _GRID, "zeroline": False, "automargin": True}
-    return go.Figure(
-        layout={
-            "template": "none",
-            "title": {
-                "text": escape(title or "", quote=False),
-                "font": {"size": 16},
-                "x": 0,
-                "y": 1,
-                "yanchor": "top",
-                "pad": {"t": 10, "l": 10},
-            },
-            "paper_bgcolor": "rgba(0, 0, 0, 0)",
-            "plot_bgcolor": "rgba(0, 0, 0, 0)",
-            "font": {"color": _GREY, "family": "system-ui, sans-serif", "size": 13},
-            "margin": {"l": 10, "r": 10, "t": 75 if title else 48, "b": 10},
-            "xaxis": {**axis, "title": {"text": x}, "showgrid": False},
-            "yaxis": {**axis, "title": {"text": y}},
-            "hoverlabel": {"bgcolor": "#2b2f36", "bordercolor": _GREY, "font": {"color": "white"}},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "modebar": {
-                "bgcolor": "rgba(0, 0, 0, 0)",
-                "color": _GREY,
-                "activecolor": _GREY,
-                "remove": ["sendChartToCloud"],
-            },
-        }
-    )
