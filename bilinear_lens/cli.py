@@ -15,9 +15,12 @@ from rich.markup import escape
 
 import bilinear_lens as bl
 from bilinear_lens.models.checkpoints import check_new, load_checkpoint, save_checkpoint
-from bilinear_lens.pages import passage, token_page
+from bilinear_lens.models.fitting import FitRecipe
+from bilinear_lens.pages import image_page, passage, token_page
+from bilinear_lens.training.images import read_image
 from bilinear_lens.training.language import LanguageRecipe, train_language
 from bilinear_lens.training.text import read_stories
+from bilinear_lens.training.vision import train_vision
 from bilinear_lens.views.report import save_page
 
 app = typer.Typer(
@@ -200,6 +203,119 @@ def language(
             f"{loss.per_byte:.4f} per byte"
         )
     console.print(f"Wrote {escape(str(out))}")
+
+
+@train.command()
+def vision(
+    out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits (ships with the package), a folder with idx files, a folder of images for "
+            "each class, or a dataset's name: mnist, fashion-mnist, ylecun/mnist, ..."
+        ),
+    ] = "digits",
+    d_model: Annotated[int, typer.Option(help="Width.")] = bl.ClassifierConfig.d_model,
+    d_mlp: Annotated[
+        int | None, typer.Option(help="Products a layer computes; as many as --d-model otherwise.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = bl.ClassifierConfig.n_layers,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Layers add to their input.")
+    ] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="Layers have biases.")] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = FitRecipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = FitRecipe.batch_size,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = FitRecipe.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's; more of it makes spectra steeper.")
+    ] = FitRecipe.weight_decay,
+    input_noise: Annotated[
+        float, typer.Option(help="Standard deviation of Gaussian noise on the pixels.")
+    ] = 0.4,
+    salt_and_pepper: Annotated[
+        float, typer.Option(help="Share of the pixels set to 0 or 1.")
+    ] = FitRecipe.salt_and_pepper,
+    latent_noise: Annotated[
+        float, typer.Option(help="Noise on what each layer reads, relative to its own size.")
+    ] = FitRecipe.latent_noise,
+    dropout: Annotated[
+        float, typer.Option(help="Share of what each layer reads set to 0.")
+    ] = FitRecipe.dropout,
+    l1: Annotated[float, typer.Option(help="Penalty on the weights' magnitudes.")] = FitRecipe.l1,
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = FitRecipe.seed,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Forward passes in bfloat16: about twice as fast.")
+    ] = False,
+) -> None:
+    """Train a bilinear image classifier.
+
+    Example: bilinear-lens train vision my-digits --data digits --epochs 60
+    """
+    _, accuracy = train_vision(
+        out,
+        data=data,
+        model={
+            "d_model": d_model,
+            "d_mlp": d_mlp,
+            "n_layers": layers,
+            "residual": residual,
+            "bias": bias,
+        },
+        recipe=FitRecipe(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=lr,
+            weight_decay=weight_decay,
+            input_noise=input_noise,
+            salt_and_pepper=salt_and_pepper,
+            latent_noise=latent_noise,
+            dropout=dropout,
+            l1=l1,
+            seed=seed,
+            bf16=bf16,
+        ),
+        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+    )
+    console.print(f"accuracy on the test split: {accuracy:.4f}")
+    console.print(f"Wrote {escape(str(out))}")
+
+
+@app.command("explain-image")
+def explain_image(
+    model: Annotated[str, typer.Argument(help="A folder or Hub id with a classifier.")],
+    image: Annotated[
+        str, typer.Argument(help="A picture file, or the number of an image of --data, from 0.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="Where numbered images are from, as for `train vision`: test split.")
+    ] = "digits",
+    classes: Annotated[int, typer.Option(help="How many classes, of the largest logits.")] = 3,
+    k: Annotated[int, typer.Option(help="How many eigenvectors of each class.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write a page there (.html).")] = None,
+) -> None:
+    """Print which eigenvectors fired for IMAGE, and how much each adds to its logits.
+
+    Example: bilinear-lens explain-image my-digits 7 --out seven.html
+    """
+    if out is not None:
+        _check_writable(out)
+    classifier = bl.HookedBilinearClassifier.from_pretrained(model)
+    if image.isdecimal():
+        held = bl.load_images(data, "test")
+        number = int(image)
+        if number >= len(held):
+            raise ValueError(f"{data} has the images 0 to {len(held) - 1}, no {number}.")
+        pixels, name = held.images[number], f"image {number} of {data}"
+        name += f", labelled {held.names[int(held.labels[number])]}"
+    else:
+        pixels, name = read_image(image, classifier.cfg.input_shape), Path(image).name
+    explanation = bl.explain_image(classifier, pixels, classes=classes, k=k)
+    console.print(f"{escape(name)}: {escape(explanation.prediction)}")
+    console.print(repr(explanation), markup=False, soft_wrap=True)
+    if out is not None:
+        save_page(out, image_page(classifier, explanation, name=name))
+        console.print(f"\nWrote {escape(str(out.resolve()))}: open it in a browser.")
 
 
 def _explain(

@@ -1,4 +1,4 @@
-"""The page of a token: its table, its spectrum, a text that it listens to, and its ablation."""
+"""Pages: of a token (table, spectrum, text, ablation), and of an image that a classifier saw."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bilinear_lens.analysis.explanation import Explanation
 from bilinear_lens.analysis.interactions import InteractionTable, random_spectrum
+from bilinear_lens.models.classifier import HookedBilinearClassifier
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.spectrum import Spectrum
-from bilinear_lens.views import plots, tables, tokens
+from bilinear_lens.views import images, plots, tables, tokens
 from bilinear_lens.views.report import Section, page
 
 N_PAIRED = 1
@@ -120,5 +122,59 @@ def token_page(
                 ],
             ),
             Section("The model writes", "Sampled at temperature 0.7.", generated),
+        ],
+    )
+
+
+def image_page(model: HookedBilinearClassifier, explanation: Explanation, *, name: str) -> str:
+    """A self-contained HTML page about what a classifier saw in one image.
+
+    Args:
+        name: what the image is called.
+
+    Raises:
+        ValueError: if the model has more than one layer: its last eigenvectors are no pictures.
+    """
+    if explanation.space != "pixels":
+        raise ValueError(
+            f"This model has {model.cfg.n_layers} layers: the eigenvectors that add up to its "
+            "logits are patterns of hidden activations, not of pixels. Leave out the page."
+        )
+    shape = model.cfg.input_shape
+    (tensor,) = model.tensors()
+    whole = tensor.eigh(torch.eye(tensor.d_out).to(tensor.left))
+    best = model.class_number(explanation.prediction)
+    one = Spectrum(whole.values[best], whole.vectors[best], whole.affine)
+    return page(
+        f"Why {explanation.prediction}",
+        lead=f"{name[:1].upper()}{name[1:]}. The logit of a class is exactly the sum of its "
+        "eigenvectors' activations, value x (eigenvector . image)^2; the patterns are read from "
+        "the weights alone.",
+        sections=[
+            Section(
+                "What fired",
+                "The eigenvectors with the largest activations, for the classes of the largest "
+                "logits. Blue and vermilion are the two signs of a pattern; an image that matches "
+                "either of them, or both at once, makes it fire. A positive activation raises the "
+                "logit.",
+                images.explanation(
+                    explanation.image,
+                    explanation.logits,
+                    explanation.table,
+                    explanation.spectrum,
+                    shape=shape,
+                ),
+            ),
+            Section(
+                f"The class {explanation.prediction}",
+                "All its eigenvalues, and the eigenvectors at both ends: above what speaks for the "
+                "class, below what speaks against it.",
+                images.class_spectrum(one, shape=shape),
+            ),
+            Section(
+                "All classes",
+                "The eigenvectors of largest magnitude of every class, with their eigenvalues.",
+                images.eigenvectors(whole, shape=shape, labels=model.cfg.labels),
+            ),
         ],
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bilinear_lens.spectrum import Spectrum
-from bilinear_lens.views import plots, report, tables, tokens
+from bilinear_lens.views import images, plots, report, tables, tokens
 from bilinear_lens.views.report import Fragment, Section
 
 pytest.importorskip("selenium", reason="selenium is not installed")
@@ -50,7 +50,7 @@ return [...document.querySelectorAll(arguments[0])].map((element) => {
 """
 READ = (
     "h1, h2, nav a, .lead, section > p, .lens th, .lens td, .chip, "
-    ".xtick text, .ytick text, .legendtext, .xtitle, .ytitle"
+    ".xtick text, .ytick text, .legendtext, .xtitle, .ytitle, .y2tick text, .annotation-text"
 )
 
 
@@ -83,6 +83,17 @@ def page(tmp_path_factory) -> Path:
                 ],
             ),
             Section("Attention", "", tokens.attention(WORDS, patterns, labels=["0.1", EVIL])),
+            Section(
+                "Pictures",
+                "",
+                images.eigenvectors(
+                    Spectrum(
+                        torch.tensor([[3.0, -1], [2.0, 1]]), torch.eye(4)[:, :2].repeat(2, 1, 1)
+                    ),
+                    shape=(1, 2, 2),
+                    labels=["first", EVIL],
+                ),
+            ),
         ],
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
@@ -151,7 +162,7 @@ def test_the_page_draws_and_is_harmless(browser, page):
     words = [token.text.replace("\u2060", "") for token in coloured(browser)]
     assert words == ["␣Once", "␣upon", EVIL, "&lt;b&gt;", "␣girl"]
     marks = browser.find_elements(By.CSS_SELECTOR, ".bars .point, .hm image, .scatter .point")
-    assert len(marks) == 2 + 1 + 3
+    assert len(marks) == 2 + 1 + 3 + 4
     canvases = browser.find_elements(By.CSS_SELECTOR, ".AttentionHeads canvas")
     assert len(canvases) == 3
     for element in [*coloured(browser), *marks, *canvases]:

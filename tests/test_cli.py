@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from models import CONFIGS, random_model
 from test_checkpoints import AUTHORS, authors_weights, write
@@ -48,6 +49,57 @@ def test_explain_prints_a_table_and_writes_nothing(run, tmp_path):
     assert code == 0 and "' she' - ' he', written by layer 3 of tinystories-4l" in out
     assert len(out.strip().splitlines()) == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_is_trained_and_explains_an_image(run, tmp_path):
+    line = "train vision digits-model --epochs 8 --batch-size 128 --d-model 20 --lr 5e-3 --bf16"
+    code, out, _ = run(line)
+    assert code == 0 and "Wrote digits-model" in out
+    accuracy = float(out.split("test split: ")[1].split()[0])
+    test = bl.load_images("digits", "test")
+    model = bl.HookedBilinearClassifier.from_pretrained(tmp_path / "digits-model")
+    assert accuracy > 0.8
+    assert model.accuracy(test.images, test.labels) == pytest.approx(accuracy, abs=1e-4)
+    card = (tmp_path / "digits-model" / "README.md").read_text()
+    assert f"bilinear-lens {line}" in card and f"{accuracy:.4f}" in card
+    code, out, _ = run("explain-image digits-model 7 --classes 2 --k 3 --out seven.html")
+    prediction = model.cfg.labels[int(model(test.images[7]).argmax())]
+    assert code == 0 and f"labelled {test.names[int(test.labels[7])]}: {prediction}" in out
+    assert out.count("rest") == 2
+    page = (tmp_path / "seven.html").read_text()
+    for heading in ("What fired", f"The class {prediction}", "All classes"):
+        assert f"<h2>{heading}</h2>" in page
+    picture = PIL.Image.fromarray((255 * test.images[7, 0]).round().byte().numpy())
+    picture.save(tmp_path / "seven.png")
+    code, from_file, _ = run("explain-image digits-model seven.png --classes 2 --k 3")
+    assert code == 0 and f"seven.png: {prediction}" in from_file
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train vision . --data digits", "exists already"),
+        ("train vision new --data nowhere/", "Cannot load the images"),
+        ("train vision new --epochs 0", "epochs"),
+        ("train vision new --dropout 1", "dropout"),
+        ("explain-image nowhere 3", "No model or folder"),
+        ("explain-image tinystories-1l 3", "holds no HookedBilinearClassifier"),
+        ("explain-image small 999", "images 0 to 359"),
+        ("explain-image small absent.png", "as a picture"),
+        ("explain-image small large.png", "the model takes [1, 8, 8]"),
+        ("explain-image small 3 --k 99", "k=99"),
+        ("explain-image deep 3 --out page.html", "Leave out the page"),
+    ],
+)
+def test_faults_around_images_are_named(run, tmp_path, line, message):
+    shape = {"input_shape": (1, 8, 8), "n_classes": 10, "d_model": 3}
+    bl.HookedBilinearClassifier.from_config(**shape).save_pretrained(tmp_path / "small")
+    bl.HookedBilinearClassifier.from_config(**shape, n_layers=2).save_pretrained(tmp_path / "deep")
+    PIL.Image.new("L", (9, 8)).save(tmp_path / "large.png")
+    before = {path.name for path in tmp_path.iterdir()}
+    code, _, err = run(line)
+    assert code == 2 and message in " ".join(err.split())
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_convert_writes_a_plain_hugging_face_folder(run, tmp_path):

@@ -59,8 +59,8 @@ section > p { max-width: 44em; margin: 0 0 1rem; color: var(--quiet); text-wrap:
 .beside { display: grid; gap: 16px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
 @media (max-width: 860px) { .beside { grid-template-columns: minmax(0, 1fr); } }
 /* Figures come in a grey that any background bears; here the theme is known. */
-.js-plotly-plot :is(.gtitle, .xtitle, .ytitle, .legendtext, .xtick text, .ytick text, .cbaxis text,
-  .cbtitle text) { fill: var(--ink) !important; }
+.js-plotly-plot :is([class$=title], .legendtext, [class$=tick] text, .cbaxis text, .cbtitle text,
+  .annotation-text) { fill: var(--ink) !important; }
 /* CircuitsVis draws zero as white: in the dark, lightness turns around, and white is the card's. */
 .circuitsvis { padding: 0 !important; background: none !important; }
 .circuitsvis > div { padding-bottom: 0 !important; }
