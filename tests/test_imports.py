@@ -27,6 +27,7 @@ ONLY_IN = {
     "plotly": {"views"},
     "datasets": {"models.checkpoints", "training"},
     "huggingface_hub": {"models.checkpoints", "training"},
+    "PIL": {"training.images"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
@@ -99,6 +100,8 @@ def test_every_part_is_in_the_table():
         ("analysis.ablation", "import plotly.graph_objects as go"),
         ("models.transformer", "from huggingface_hub import snapshot_download"),
         ("pages", "from bilinear_lens.training.text import pack"),
+        ("models.classifier", "from bilinear_lens.training.images import load_images"),
+        ("analysis.masks", "from bilinear_lens.training.images import load_images"),
     ],
 )
 def test_a_crossing_is_seen(module, source):
