@@ -285,7 +285,14 @@ class BilinearTensor:
 
         Args:
             outputs: a symmetric metric of the output coordinates; by default the identity.
+
+        Raises:
+            ValueError: if `outputs` has another shape than `[d_out, d_out]`.
         """
+        if outputs is not None and outputs.shape != (self.d_out, self.d_out):
+            raise ValueError(
+                f"outputs has shape {list(outputs.shape)}; it must be [{self.d_out}, {self.d_out}]."
+            )
         metric = self.down if outputs is None else outputs.to(self.down) @ self.down
         weight = self.down.mT @ metric
         half = (

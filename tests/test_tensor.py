@@ -181,6 +181,71 @@ def test_the_norm_is_the_trace_of_the_output_gram(tensor):
 
 @checked
 @given(tensors)
+def test_output_grams_with_another_tensor_are_inner_products_of_interactions(tensor):
+    other = a_tensor(50, rank=4, affine=tensor.affine).change_basis(outputs=normal(9, 2, N_OUT))
+    gram = tensor.output_gram(other)
+    expected = einsum("oij,pij->op", oracle(tensor), oracle(other))
+    assert gram.shape == (N_OUT, 2)
+    torch.testing.assert_close(gram, expected, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(other.output_gram(tensor), expected.mT, atol=1e-8, rtol=1e-8)
+    assert not torch.allclose(gram, tensor.output_gram()[:, :2])
+
+
+@checked
+@given(tensors, st.booleans())
+def test_input_grams_are_those_of_the_dense_tensor(tensor, with_metric):
+    root = normal(9, N_OUT, N_OUT)
+    metric = root + root.mT if with_metric else None
+    expected = einsum(
+        "oij,op,pkj->ik",
+        oracle(tensor),
+        torch.eye(N_OUT, dtype=root.dtype) if metric is None else metric,
+        oracle(tensor),
+    )
+    gram = tensor.input_gram(metric)
+    torch.testing.assert_close(gram, expected, atol=1e-8, rtol=1e-8)
+    assert torch.equal(gram, gram.mT)
+    assert torch.allclose(gram, tensor.input_gram()) == (not with_metric)
+
+
+@checked
+@given(tensors)
+def test_input_modes_are_the_svd_of_the_other_flattening(tensor):
+    flat = oracle(tensor).movedim(1, 0).flatten(1)
+    expected = torch.linalg.svd(flat, full_matrices=False)
+    values, vectors = torch.linalg.eigh(tensor.input_gram())
+    squares = expected.S.square()
+    torch.testing.assert_close(values.flip(0), squares, atol=1e-8 * squares[0].item(), rtol=1e-8)
+    assert (vectors[:, -1] @ expected.U[:, 0]).abs().item() == pytest.approx(1)
+    torch.testing.assert_close(tensor.input_gram().trace(), tensor.norm() ** 2)
+
+
+@checked
+@given(tensors)
+def test_a_linear_part_is_exact(tensor):
+    weight, x = normal(9, N_OUT, N_IN), normal(8, 2, 11, N_IN)
+    changed = tensor.with_linear(weight)
+    expected = tensor(x) + einsum("abi,oi->abo", x, weight)
+    torch.testing.assert_close(changed(x), expected, atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(tensor(x), expected)
+    assert changed.affine and (changed.d_in, changed.d_out) == (N_IN, N_OUT)
+    dense = oracle(tensor)
+    if not tensor.affine:
+        dense = torch.nn.functional.pad(dense, (0, 1, 0, 1))
+    dense[:, :-1, -1] += weight / 2
+    dense[:, -1, :-1] += weight / 2
+    torch.testing.assert_close(changed.to_dense(), dense)
+    back = changed.with_linear(-weight)
+    torch.testing.assert_close(back(x), tensor(x), atol=1e-9, rtol=1e-9)
+
+
+def test_a_linear_part_takes_the_tensors_dtype():
+    tensor, weight = a_tensor(), normal(9, N_OUT, N_IN).float()
+    assert tensor.with_linear(weight).left.dtype == torch.float64
+
+
+@checked
+@given(tensors)
 def test_hosvd_is_the_svd_of_the_flattened_tensor(tensor):
     modes = tensor.hosvd()
     expected = torch.linalg.svd(oracle(tensor).flatten(1), full_matrices=False)
@@ -276,4 +341,9 @@ def test_bad_input_is_named(as_users):
     assert "d_out=3" in message(lambda: tensor.change_basis(outputs=normal(9, N_OUT)))
     assert "with biases" in message(lambda: tensor.inner(a_tensor(affine=True)))
     assert "change_basis" in message(lambda: tensor + tensor.change_basis(outputs=down[:2, :3]))
+    assert "[3, 5]" in message(lambda: tensor.with_linear(normal(9, N_IN, N_OUT)))
+    assert "[3, 3]" in message(lambda: tensor.input_gram(normal(9, N_IN, N_IN)))
+    other = tensor.change_basis(inputs=normal(9, 4, N_IN))
+    assert "change_basis" in message(lambda: tensor.output_gram(other))
+    assert "with biases" in message(lambda: tensor.output_gram(a_tensor(affine=True)))
     assert "zero tensor" in message(lambda: tensor.similarity(tensor * 0.0))

@@ -36,6 +36,10 @@ from bilinear_lens.models import authors
 from bilinear_lens.models.vocabulary import check_tokenizer
 
 BUILT_IN = ("tinystories-1l", "tinystories-4l")
+BUILT_IN_CLASSIFIERS = ("mnist-1l",)
+
+CLASSIFIER = "HookedBilinearClassifier"
+"""What the config of a saved classifier calls its architecture."""
 
 ACTIVATION_NAMES = ("hidden_act", "hidden_activation")
 """Where configs name the activation of a gate; Gemma has both."""
@@ -157,25 +161,32 @@ def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[di
     """
     folder, _ = _folder(name_or_path, revision)
     config = _read_config(folder)
-    if config.pop("architecture", None) != "HookedBilinearClassifier":
-        raise ValueError(f"{folder} holds no HookedBilinearClassifier.")
-    (weights,) = _check_weight_files(folder)
-    return config, weights
+    if config.pop("architecture", None) != CLASSIFIER:
+        raise ValueError(
+            f"{folder} holds no {CLASSIFIER}: give a folder that its save_pretrained made. "
+            "Language models load with HookedBilinearTransformer."
+        )
+    weights = _check_weight_files(folder)
+    if len(weights) > 1:
+        raise ValueError(
+            f"{folder} must have one file of weights; it has {[file.name for file in weights]}."
+        )
+    return config, weights[0]
 
 
 def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]:
     """Where the checkpoint lies on this machine, and whether it came from the Hub."""
-    name = str(name_or_path)
-    if name in BUILT_IN:
+    name, known = str(name_or_path), BUILT_IN + BUILT_IN_CLASSIFIERS
+    if name in known:
         if revision is not None:
             raise ValueError(f"{name} ships with the package: it has no revisions.")
         return built_in(name), False
     if name and Path(name).is_dir():
         return Path(name), False
     if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        near = get_close_matches(name, BUILT_IN, n=2, cutoff=0.6)
+        near = get_close_matches(name, known, n=2, cutoff=0.6)
         raise KeyError(
-            f"No model or folder {name!r}. Built-in models: {', '.join(BUILT_IN)}"
+            f"No model or folder {name!r}. Built-in models: {', '.join(known)}"
             f"{f' (near: {near})' if near else ''}; otherwise give a folder or a Hub id "
             "(user/name)."
         )
@@ -201,11 +212,14 @@ def _snapshot(name: str, *, revision: str | None = None, local_files_only: bool 
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no config.json: it is not a checkpoint folder.") from error
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no settings, but {str(config)[:40]!r}.")
+    return config
 
 
 def _check_weight_files(folder: Path) -> list[Path]:

@@ -8,19 +8,20 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from bilinear_lens.models.checkpoints import classifier_files, write_folder
+from bilinear_lens.models.checkpoints import CLASSIFIER, classifier_files, write_folder
 from bilinear_lens.models.fitting import FitRecipe, check_targets, fit
 from bilinear_lens.tensor import BilinearTensor
 
@@ -33,7 +34,7 @@ class ClassifierConfig:
     """The shape of a classifier.
 
     Raises:
-        ValueError: if a size is not positive, or there is not one label for each class.
+        ValueError: if a size is no positive integer, or there is not one label for each class.
     """
 
     input_shape: tuple[int, ...]
@@ -53,19 +54,29 @@ class ClassifierConfig:
     """A name for each class; by default their numbers."""
 
     def __post_init__(self) -> None:
-        # from JSON they are lists
+        if not isinstance(self.input_shape, Sequence):
+            raise ValueError(
+                f"input_shape={self.input_shape!r} must be (channels, height, width) or (n,)."
+            )
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
-        labels = tuple(self.labels) or tuple(map(str, range(self.n_classes)))
-        object.__setattr__(self, "labels", labels)
         sizes = {
-            "input_shape": math.prod(self.input_shape) if self.input_shape else 0,
-            "n_classes": self.n_classes,
-            "d_model": self.d_model,
-            "d_mlp": 1 if self.d_mlp is None else self.d_mlp,
-            "n_layers": self.n_layers,
+            "input_shape": self.input_shape,
+            "n_classes": (self.n_classes,),
+            "d_model": (self.d_model,),
+            "d_mlp": () if self.d_mlp is None else (self.d_mlp,),
+            "n_layers": (self.n_layers,),
         }
-        if small := [name for name, size in sizes.items() if size < 1]:
-            raise ValueError(f"{small} must be at least 1: {asdict(self)}.")
+        wrong = [
+            name
+            for name, given in sizes.items()
+            if not all(isinstance(size, int) and size >= 1 for size in given)
+        ]
+        if wrong or not self.input_shape:
+            raise ValueError(
+                f"{wrong or ['input_shape']} must be integers of at least 1: {asdict(self)}."
+            )
+        labels = tuple(map(str, self.labels or range(self.n_classes)))
+        object.__setattr__(self, "labels", labels)
         if len(labels) != self.n_classes or len(set(labels)) != len(labels):
             raise ValueError(
                 f"labels {labels} must be {self.n_classes} different names: one for each class."
@@ -215,10 +226,14 @@ class HookedBilinearClassifier(HookedRootModule):
             ValueError: if the folder holds no classifier, or its weights contradict its config.
         """
         config, weights_file = classifier_files(name_or_path, revision)
+        weights = load_file(weights_file)
         try:
-            model = cls(ClassifierConfig(**config))
-            model.load_state_dict(load_file(weights_file))
-        except (TypeError, RuntimeError) as error:
+            fields: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+            }  # JSON has lists
+            model = cls(ClassifierConfig(**fields))
+            model.to(weights["embed.W_E"].dtype).load_state_dict(weights)
+        except (TypeError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"The weights of {name_or_path} contradict its config: {error}"
             ) from error
@@ -233,7 +248,7 @@ class HookedBilinearClassifier(HookedRootModule):
         Raises:
             ValueError: if `path` exists or cannot be made.
         """
-        config = {"architecture": type(self).__name__, **asdict(self.cfg)}
+        config = {"architecture": CLASSIFIER, **asdict(self.cfg)}
         with write_folder(path) as folder:
             (folder / "config.json").write_text(json.dumps(config, indent=1))
             weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
@@ -253,11 +268,13 @@ class HookedBilinearClassifier(HookedRootModule):
         return self.unembed(x)
 
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, *args, return_cache_object: bool = True, **kwargs
+        self, *args, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs
     ) -> tuple[Tensor, ActivationCache | dict[str, Tensor]]:
         """As TransformerLens's: what `forward` returns, and an `ActivationCache` of every hook."""
-        out, cache = super().run_with_cache(*args, **kwargs)
-        return out, ActivationCache(cache, self) if return_cache_object else cache
+        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def flatten(self, images: Float[Tensor, "..."]) -> Float[Tensor, "*batch {self.cfg.d_in}"]:
         """Images as vectors of pixels.
@@ -265,9 +282,11 @@ class HookedBilinearClassifier(HookedRootModule):
         Raises:
             ValueError: as `forward`.
         """
-        if not images.is_floating_point():
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
-                f"The images are {images.dtype}; give floats from 0 to 1: images.float() / 255."
+                f"The images are {kind}; give a tensor of floats from 0 to 1: "
+                "torch.as_tensor(images).float() / 255."
             )
         shape = self.cfg.input_shape
         if images.shape[-len(shape) :] == shape:
@@ -305,7 +324,8 @@ class HookedBilinearClassifier(HookedRootModule):
 
         Raises:
             ValueError: if inputs or targets do not fit the model, hold NaN, lack a class, or an
-                option is out of range; before any training.
+                option is out of range; before any training. Also if the loss diverges.
+            TypeError: if there is no such option.
         """
         recipe = FitRecipe(**options)
         return fit(
@@ -322,6 +342,11 @@ class HookedBilinearClassifier(HookedRootModule):
     ) -> tuple[Tensor, Tensor]:
         """Inputs as vectors, and targets, on the model's device, once they are known to fit it."""
         x = self.flatten(inputs)
+        if x.ndim != 2:
+            raise ValueError(
+                f"Inputs {list(inputs.shape)} must be one batch: [n, *{self.cfg.input_shape}] or "
+                f"[n, {self.cfg.d_in}]."
+            )
         check_targets(x, targets, self.cfg.n_classes, every_class=every_class)
         is_image = len(self.cfg.input_shape) == 3
         if is_image and (x.min() < -PIXEL_SLACK or x.max() > 1 + PIXEL_SLACK):
@@ -329,16 +354,19 @@ class HookedBilinearClassifier(HookedRootModule):
                 f"Pixels run from {x.min():.3g} to {x.max():.3g}: give them from 0 to 1 "
                 "(bytes / 255)."
             )
-        return x.to(self.W_E.device), targets.to(self.W_E.device)
+        dtype = torch.float32 if targets.is_floating_point() else torch.int64
+        return x, targets.to(self.W_E.device, dtype)
 
     @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Int[Tensor, " n"]) -> float:
+    def accuracy(self, images: Tensor, labels: Integer[Tensor, " n"]) -> float:
         """The share of images whose largest logit is their label's.
 
         Raises:
             ValueError: if images or labels do not fit the model.
         """
         x, labels = self._checked(images, labels, every_class=False)
+        if labels.is_floating_point():
+            raise ValueError("Labels are floats; accuracy needs class numbers: labels.argmax(-1).")
         hits = [
             (self(batch).argmax(-1) == batch_labels).sum()
             for batch, batch_labels in zip(x.split(4096), labels.split(4096), strict=True)
@@ -407,7 +435,10 @@ class HookedBilinearClassifier(HookedRootModule):
         elif contrast is not None:
             direction = direction - unembedding[:, self.class_number(contrast)]
         if not direction.any():
-            raise ValueError(f"{label!r} against {contrast!r} is zero: nothing writes along it.")
+            raise ValueError(
+                f"{label!r} against {contrast!r} is zero: nothing writes along it. Contrast it "
+                "with another class, or with None."
+            )
         return direction
 
     def class_number(self, label: str | int) -> int:

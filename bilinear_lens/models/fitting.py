@@ -4,8 +4,10 @@ Input noise and salt-and-pepper change the images; latent noise and dropout are 
 layer reads; the L1 penalty is on all weights (arXiv 2410.08417, appendix B).
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import pandas as pd
 import torch
@@ -20,7 +22,7 @@ class FitRecipe:
     """How to train a classifier.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if an option is out of range, or no number.
     """
 
     epochs: int = 20
@@ -45,23 +47,23 @@ class FitRecipe:
     """Forward passes in bfloat16: about twice as fast on a recent CPU, with float32 weights."""
 
     def __post_init__(self) -> None:
-        too_small = {
-            name: value
-            for name, value in asdict(self).items()
-            if value < (1 if name in ("epochs", "batch_size") else 0)
-        }
-        too_large = {
-            name: value
-            for name in ("dropout", "salt_and_pepper")
-            if (value := getattr(self, name)) >= 1
-        }
-        if too_small or too_large:
+        wrong = {}
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            lowest = 1 if name in ("epochs", "batch_size") else 0
+            highest = 1 if name in ("dropout", "salt_and_pepper") else math.inf
+            kind = Real if field.type is float else Integral
+            # NaN is in no range
+            if not isinstance(value, kind) or not lowest <= float(value) < highest:
+                wrong[name] = value
+        if wrong:
             raise ValueError(
-                f"Out of range: {too_small | too_large}. epochs and batch_size are at least 1, "
-                "dropout and salt_and_pepper below 1, and nothing is negative."
+                f"Out of range: {wrong}. epochs and batch_size are integers from 1, dropout and "
+                "salt_and_pepper below 1, the seed is an integer, and nothing is negative."
             )
 
 
+@torch.enable_grad()
 def fit(
     model: HookedRootModule,
     data: tuple[Tensor, Tensor],
@@ -78,6 +80,9 @@ def fit(
 
     Returns:
         See `HookedBilinearClassifier.fit`.
+
+    Raises:
+        ValueError: if the loss is no finite number any more.
     """
     x, targets = data
     generator = torch.Generator(x.device).manual_seed(recipe.seed)
@@ -107,6 +112,11 @@ def fit(
                     schedule.step()
                     bar.update()
             row = {"epoch": epoch, **total.means()}
+            if not math.isfinite(row["loss"]):
+                raise ValueError(
+                    f"The loss is {row['loss']} in epoch {epoch}, and the weights are spoilt: make "
+                    f"the model again and lower learning_rate={recipe.learning_rate}."
+                )
             if held_out is not None:
                 row |= {
                     f"held_out_{name}": value for name, value in _measure(model, *held_out).items()
@@ -122,16 +132,20 @@ def check_targets(x: Tensor, targets: Tensor, n_classes: int, *, every_class: bo
     """Refuse what a model cannot be trained or measured on.
 
     Args:
-        x: inputs as vectors.
+        x: inputs as vectors, `[n, d_in]`.
         every_class: whether each class needs an example.
 
     Raises:
         ValueError: if counts, shapes or ranges do not fit, an input is NaN, or a class is empty.
     """
-    if x.ndim != 2 or len(x) != len(targets) or not len(x):
+    if not isinstance(targets, Tensor):
         raise ValueError(
-            f"{list(x.shape)} inputs and {list(targets.shape)} targets: give at least one input, "
-            "in a batch, and as many targets."
+            f"The targets are {type(targets).__name__}; give a tensor: torch.as_tensor(targets)."
+        )
+    if x.shape[:1] != targets.shape[:1] or not len(x):
+        raise ValueError(
+            f"Inputs {list(x.shape)} and targets {list(targets.shape)}: give at least one input, "
+            "and as many targets."
         )
     if not x.isfinite().all():
         raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
@@ -144,6 +158,8 @@ def check_targets(x: Tensor, targets: Tensor, n_classes: int, *, every_class: bo
         return
     if targets.ndim != 1:
         raise ValueError(f"Class numbers {list(targets.shape)} must be [{len(x)}].")
+    if targets.dtype == torch.bool:
+        raise ValueError("Class numbers are integers, not bool: targets.long().")
     smallest, largest = int(targets.min()), int(targets.max())
     if smallest < 0 or largest >= n_classes:
         raise ValueError(
@@ -206,7 +222,9 @@ def _regularisers(
     recipe: FitRecipe, reads: Sequence[str], generator: torch.Generator
 ) -> list[tuple[str | Callable, Callable]]:
     def add_noise(x: Tensor, hook: object) -> Tensor:
-        scale = recipe.latent_noise * x.detach().std(dim=-1, keepdim=True)
+        # of a single number there is no deviation: 0, not NaN
+        deviation = x.detach().std(dim=-1, keepdim=True, correction=min(1, x.shape[-1] - 1))
+        scale = recipe.latent_noise * deviation
         return x + scale * _normal(x, generator)
 
     def drop(x: Tensor, hook: object) -> Tensor:

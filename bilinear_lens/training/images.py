@@ -3,6 +3,7 @@
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
-from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -51,18 +53,24 @@ def load_images(
     Args:
         source: "digits" (8 x 8, ships with the package); a folder with the four idx files of MNIST
             or Fashion-MNIST, plain or .gz; a folder of images in a folder for each class; a
-            `datasets.Dataset`; or the name of one, for which alone the network is used: "mnist",
-            "fashion-mnist", "ylecun/mnist", ...
+            `datasets.Dataset`, whole, whatever `split` says; or the name of one, for which alone
+            the network is used: "mnist", "fashion-mnist", "ylecun/mnist", ...
         split: "train", "test", or what the dataset calls its parts.
         image_column: where a dataset has several columns of images.
-        label_column: likewise of classes.
+        label_column: likewise of classes. A column of strings or integers that names no classes
+            is numbered in the order of what is found in it.
 
     Raises:
         ValueError: if the source or split is unknown, a file is cut short or no idx file, images
-            differ in size, or there are no labels.
+            cannot be read or differ in size, or there are no labels.
     """
     if isinstance(source, Dataset):
         return _from_dataset(source, image_column, label_column)
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"Cannot load images from a {type(source).__name__}: give a datasets.Dataset, such as "
+            f"one part of a DatasetDict, source[{split!r}]; or a name or folder."
+        )
     if source == "digits":
         return _digits(split)
     folder = Path(source)
@@ -76,8 +84,9 @@ def load_images(
         else:
             dataset = load_dataset(HUB_NAMES.get(source, source), split=split)
     except Exception as error:  # the library raises a dozen kinds
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f'Cannot load the images {str(source)!r}, split {split!r}: {error}. Give "digits", a '
+            f'Cannot load the images {str(source)!r}, split {split!r}: {reason}. Give "digits", a '
             "folder with idx files or a folder of images for each class, or a dataset's name."
         ) from error
     return _from_dataset(dataset, image_column, label_column)
@@ -99,6 +108,8 @@ def _from_idx(folder: Path, split: str) -> LabelledImages:
     labels = read_idx(_idx_file(folder, f"{_IDX_PREFIXES[split]}-labels-idx1-ubyte"), axes=1).long()
     if len(images) != len(labels):
         raise ValueError(f"{folder} has {len(images)} images but {len(labels)} labels: {split}.")
+    if not len(images):
+        raise ValueError(f"{folder} has no images: {split}.")
     n_classes = int(labels.max()) + 1
     return LabelledImages(images[:, None].float() / 255, labels, tuple(map(str, range(n_classes))))
 
@@ -123,7 +134,7 @@ def read_idx(file: str | Path, *, axes: int) -> Tensor:
     try:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"Cannot read {file}: {error}: fetch it again.") from error
     magic = bytes([0, 0, _IDX_UNSIGNED_BYTE, axes])
     if raw[:4] != magic:
@@ -152,22 +163,40 @@ def _from_dataset(
 ) -> LabelledImages:
     image_column = _column(dataset, Image, image_column, "images", "image_column")
     label_column = _column(dataset, ClassLabel, label_column, "labels", "label_column")
-    feature = dataset.features[label_column]
-    labels = list(dataset[label_column])
-    if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-    else:
-        known = sorted(set(labels))
-        names, labels = tuple(map(str, known)), [known.index(label) for label in labels]
-    if None in labels or min(labels, default=-1) < 0:
-        raise ValueError(f"The dataset has images without a label (column {label_column!r}).")
-    images = [
-        _pixels(image) for image in tqdm(dataset[image_column], desc="Reading images", unit="image")
-    ]
+    if not len(dataset):
+        raise ValueError("The dataset has no images.")
+    dataset = dataset.with_format(None)
+    labels, names = _labels(dataset, label_column)
+    images = []
+    try:
+        for image in tqdm(dataset[image_column], desc="Reading images", unit="image"):
+            images.append(_pixels(image))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
+        raise ValueError(
+            f"Cannot read image {len(images)} of column {image_column!r}: {error}"
+        ) from error
     _check_sizes(images)
-    return LabelledImages(
-        torch.from_numpy(np.stack(images)).float() / 255, torch.tensor(labels), names
-    )
+    return LabelledImages(torch.from_numpy(np.stack(images)).float() / 255, labels, names)
+
+
+def _labels(dataset: Dataset, column: str) -> tuple[Int[Tensor, " n"], tuple[str, ...]]:
+    """The number of each image's class, and the classes' names."""
+    feature, labels = dataset.features[column], list(dataset[column])
+    is_class = isinstance(feature, ClassLabel)
+    kinds = ("int", "uint", "bool", "string", "large_string")
+    if not is_class and not (isinstance(feature, Value) and feature.dtype.startswith(kinds)):
+        raise ValueError(
+            f"Column {column!r} holds {feature}: labels are a ClassLabel, strings or integers."
+        )
+    if None in labels or (is_class and min(labels) < 0):
+        raise ValueError(
+            f"The dataset has images without a label (column {column!r}): remove them with "
+            "dataset.filter."
+        )
+    if is_class:
+        return torch.tensor(labels), tuple(feature.names)
+    numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+    return torch.tensor([numbers[label] for label in labels]), tuple(map(str, numbers))
 
 
 def _column(dataset: Dataset, kind: type, given: str | None, what: str, argument: str) -> str:
@@ -188,9 +217,14 @@ def _column(dataset: Dataset, kind: type, given: str | None, what: str, argument
 
 def _pixels(image) -> np.ndarray:
     """A picture as bytes `[channels, height, width]`."""
+    if not isinstance(image, PIL.Image.Image):
+        raise ValueError(
+            f"It is a {type(image).__name__}, not a picture: cast the column to datasets.Image(), "
+            "and remove rows without one."
+        )
     if image.mode not in ("1", "L", "P", "RGB", "RGBA"):
         raise ValueError(
-            f"An image has mode {image.mode!r}: convert it to 8-bit grey (L) or RGB first."
+            f"An image has mode {image.mode!r}: convert it to 8-bit grey (L) or RGB first"
         )
     grey = image.mode in ("1", "L")
     pixels = np.asarray(image.convert("L" if grey else "RGB"))
@@ -215,8 +249,8 @@ def read_image(file: str | Path, input_shape: Sequence[int]) -> Float[Tensor, "c
     """
     try:
         with PIL.Image.open(file) as image:
-            pixels = _pixels(image)
-    except (OSError, ValueError) as error:
+            pixels = _pixels(PIL.ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read {file} as a picture: {error}.") from error
     if pixels.shape != tuple(input_shape):
         raise ValueError(
