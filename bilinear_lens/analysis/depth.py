@@ -21,11 +21,12 @@ from bilinear_lens.tensor import BilinearTensor
 class DiagonalChain:
     """A chain in canonical form: between layers, directions by how much of the whole they carry.
 
-    Every layer but the last has orthonormal output coordinates.
+    Every layer but the last has orthonormal output coordinates. A chain that `truncate` cut is in
+    that form no more, and its weights and norm remain those of the whole.
     """
 
     tensors: tuple[BilinearTensor, ...]
-    weights: tuple[Float[Tensor, " width"], ...]
+    weights: tuple[Float[Tensor, " _"], ...]
     """For each cut between layers, the share of the tree's square norm that each direction carries;
     they sum to 1 at each cut."""
     norm: float
@@ -36,7 +37,7 @@ class DiagonalChain:
         return run_chain(self.tensors, x)
 
     def truncate(self, widths: Sequence[int]) -> "DiagonalChain":
-        """Keep the first directions at each cut; still canonical but for rounding.
+        """Keep the first directions at each cut.
 
         Raises:
             ValueError: if there is not one width for each cut, from 1 to what the cut has.
@@ -53,7 +54,7 @@ class DiagonalChain:
         return DiagonalChain(tuple(tensors), kept, self.norm)
 
     def bound(self, widths: Sequence[int]) -> float:
-        """At most how far the tree of `truncate(widths)` lies from this one, over its norm.
+        """At most how far the tree of `truncate(widths)` lies from this one, over `norm`.
 
         `sqrt(sum over cuts of copies * weight cut)`, with `2^(n - 1 - cut)` copies of a cut:
         projections of different edges add in squares. For an input x, no output then moves by more
@@ -92,7 +93,8 @@ def diagonalize(tensors: Sequence[BilinearTensor]) -> DiagonalChain:
         ValueError: if the layers do not fit each other, or the chain is zero.
     """
     chain = _homogeneous(tensors)
-    for cut in range(len(chain) - 1):
+    # each twice: of nearly dependent outputs, a Gram matrix leaves half the digits at first
+    for cut in (cut for cut in range(len(chain) - 1) for _ in range(2)):
         sizes, axes = torch.linalg.eigh(chain[cut].output_gram())
         kept = sizes > 1e-13 * sizes.max()
         if not kept.any():
@@ -133,9 +135,9 @@ def chain_similarity(a: Sequence[BilinearTensor], b: Sequence[BilinearTensor]) -
         ValueError: if the chains differ in depth, inputs or outputs, or one is zero.
     """
     first, second, inner = _products(a, b)
-    if first * second == 0:
+    if min(first, second) <= 0:
         raise ValueError("The similarity to a chain that is zero is not defined.")
-    return inner / math.sqrt(first * second)
+    return inner / (math.sqrt(first) * math.sqrt(second))
 
 
 def chain_distance(a: Sequence[BilinearTensor], b: Sequence[BilinearTensor]) -> float:
@@ -145,7 +147,7 @@ def chain_distance(a: Sequence[BilinearTensor], b: Sequence[BilinearTensor]) -> 
         ValueError: as `chain_similarity`, where `a` is zero.
     """
     first, second, inner = _products(a, b)
-    if first == 0:
+    if first <= 0:
         raise ValueError("The distance relative to a chain that is zero is not defined.")
     return math.sqrt(max(0.0, first + second - 2 * inner) / first)
 
@@ -161,12 +163,17 @@ def composed_spectra(
     the layer below: it adds to the projection there.
 
     Raises:
-        ValueError: as `BilinearTensor.eigh`.
+        ValueError: as `BilinearTensor.eigh`, or if the layers do not fit each other.
     """
+    _check_fit(tensors)
     spectra = [tensors[-1].eigh(direction, k)]
     for tensor in reversed(tensors[:-1]):
         above = spectra[-1]
-        spectra.append(tensor.eigh(above.vectors[..., : above.d_in, :].mT, k))
+        directions = above.vectors[..., : above.d_in, :].mT
+        # an eigenvector may be the constant alone: the layer below writes nothing along it
+        silent = ~directions.any(-1, keepdim=True)
+        below = tensor.eigh(directions.masked_fill(silent, 1.0), k)
+        spectra.append(Spectrum(below.values.masked_fill(silent, 0.0), below.vectors, below.affine))
     return spectra
 
 
@@ -174,6 +181,8 @@ def _products(
     a: Sequence[BilinearTensor], b: Sequence[BilinearTensor]
 ) -> tuple[float, float, float]:
     """`<a, a>`, `<b, b>` and `<a, b>`."""
+    _check_fit(a)
+    _check_fit(b)
     if len(a) != len(b) or (a[0].d_in, a[-1].d_out) != (b[0].d_in, b[-1].d_out):
         raise ValueError(
             f"Chains of {len(a)} and {len(b)} layers, {a[0].d_in} to {a[-1].d_out} and "
@@ -192,15 +201,21 @@ def _inner(a: Sequence[BilinearTensor], b: Sequence[BilinearTensor]) -> float:
     return gram.trace().item()
 
 
-def _homogeneous(
-    tensors: Sequence[BilinearTensor], *, affine: bool | None = None
-) -> list[BilinearTensor]:
-    """The chain in float64, with any constant as an explicit coordinate between the layers."""
+def _check_fit(tensors: Sequence[BilinearTensor]) -> None:
+    if not tensors:
+        raise ValueError("The chain has no layer.")
     for lower, upper in pairwise(tensors):
         if lower.d_out != upper.d_in:
             raise ValueError(
                 f"A layer writes {lower.d_out} coordinates, but the next reads {upper.d_in}."
             )
+
+
+def _homogeneous(
+    tensors: Sequence[BilinearTensor], *, affine: bool | None = None
+) -> list[BilinearTensor]:
+    """The chain in float64, with any constant as an explicit coordinate between the layers."""
+    _check_fit(tensors)
     if affine is None:
         affine = any(tensor.affine for tensor in tensors)
     chain = []

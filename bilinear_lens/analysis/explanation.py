@@ -38,7 +38,8 @@ class Explanation:
         shown = self.table.replace({"eigenvector": {REST: "rest"}})
         logits = self.logits.sort_values(ascending=False).head(3)
         top = ", ".join(f"{label} {value:.2f}" for label, value in logits.items())
-        return f"logits: {top}\n{shown.to_string(index=False, float_format='{:.3f}'.format)}"
+        table = shown.to_string(index=False, na_rep="", float_format="{:.3f}".format)
+        return f"logits: {top}\n{table}"
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def explain_image(
     last layer reads.
 
     Args:
-        image: one image of the model's shape, or flat.
+        image: one image of the model's shape, or flat; a batch of one will do.
         classes: how many, of the largest logits, or which.
         k: how many eigenvectors of each class to list, the largest activations first.
 
@@ -65,8 +66,10 @@ def explain_image(
             between 1 and the number of eigenvectors.
     """
     x = model.flatten(image)
-    if x.ndim != 1:
-        raise ValueError(f"The input {list(image.shape)} holds {len(x)} images: give one.")
+    if x.numel() != model.cfg.d_in:
+        n = x.numel() // model.cfg.d_in
+        raise ValueError(f"The input {list(image.shape)} holds {n} images: give one.")
+    x = x.reshape(-1)
     if not x.isfinite().all():
         raise ValueError("The image holds NaN or infinite pixels.")
     *below, last = model.tensors()
@@ -80,6 +83,8 @@ def explain_image(
         numbers: list[int] = logits.topk(classes).indices.tolist()
     else:
         numbers = [model.class_number(label) for label in classes]
+        if not numbers:
+            raise ValueError("classes is empty: name one, or say how many.")
     directions = torch.eye(model.cfg.n_classes).to(x)[numbers]
     spectrum = last.eigh(directions)
     if not 1 <= k <= spectrum.k:

@@ -54,14 +54,16 @@ def factorize(
 
     For given directions the best weights are a linear system in Gram matrices of the factors, so
     only the directions are searched, by L-BFGS; nothing of size `d_in^2` is formed, and an
-    evaluation costs `O(n_atoms rank d)` in the d dimensions that the tensor reads.
+    evaluation costs `O(n_atoms rank d)` in the d dimensions that the tensor reads. Pruning solves
+    systems of up to `d_out n_atoms` unknowns.
 
     Args:
         n_atoms: how many atoms all outputs share.
         atoms_per_output: how many of them an output may use. The weights are pruned by what they
             cost the fit, a few at a time, and the directions fitted again after each round.
         sparsity: weight of the Hoyer penalty, `|d|_1 / |d|_2` of an output's weights (of unit
-            atoms, over sqrt(n_atoms)), which does not depend on scale; it acts before pruning.
+            atoms, over sqrt(n_atoms)), which does not depend on scale; it acts before pruning. An
+            output that is zero has none.
         symmetric: both directions of an atom are the same: squares instead of products.
         contrast: compare outputs up to a part that they share, as logits do: only differences
             between outputs count.
@@ -71,7 +73,7 @@ def factorize(
         seed: of the starts.
 
     Raises:
-        ValueError: if a number is out of range, or the tensor is zero.
+        ValueError: if a number is out of range, or the tensor is zero; as `whiten`.
     """
     if atoms_per_output is not None and not 1 <= atoms_per_output <= n_atoms:
         raise ValueError(
@@ -82,23 +84,27 @@ def factorize(
             f"n_atoms={n_atoms}, restarts={restarts} and steps={steps} must be at least 1, and "
             f"sparsity={sparsity} not negative."
         )
-    target = tensor if inputs is None else whiten(tensor, inputs).tensor
-    target = BilinearTensor(target.left.double(), target.right.double(), target.down.double())
-    if contrast:
-        n = target.d_out
-        target = target.change_basis(outputs=torch.eye(n).to(target.down) - 1 / n)
-    if target.norm() == 0:
-        raise ValueError("The tensor is zero (or, with contrast, the same for all outputs).")
-    modes = Spectrum.of(target.input_gram())  # the best atoms lie in the span of the target's own
-    span = modes.vectors[:, modes.values > 1e-14 * modes.values.max()]
-    target = target.change_basis(inputs=span.mT)
+    left, right, down = (w.detach().double() for w in (tensor.left, tensor.right, tensor.down))
+    target, filters = BilinearTensor(left, right, down, tensor.affine), None
+    if inputs is not None:
+        target, filters = whiten(target, inputs)
+    terms = target.left.norm(dim=1) * target.right.norm(dim=1) * target.down.norm(dim=0)
     # differences between outputs alone: the target of a contrast lies in this projection
     metric = torch.eye(target.d_out).to(target.down) - (1 / target.d_out if contrast else 0)
+    target = BilinearTensor(target.left, target.right, metric @ target.down)
+    norm = target.norm()
+    if norm <= 1e-7 * terms.norm():  # what rounding leaves of terms that cancel
+        raise ValueError("The tensor is zero (or, with contrast, the same for all outputs).")
+    target = target * (1 / norm.item())
+    modes = Spectrum.of(target.input_gram())  # the best atoms lie in the span of the target's own
+    kept = modes.values > 1e-14 * modes.values.max()
+    span = modes.vectors[:, kept]
+    target = target.change_basis(inputs=span.mT)
     found = []
     for start in tqdm(range(restarts), desc="Factorizing", unit="start", disable=not progress):
         directions = _start(target, n_atoms, symmetric=symmetric, seed=seed + start)
         directions = _search(target, directions, None, metric, steps=steps, sparsity=sparsity)
-        support = torch.ones(target.d_out, n_atoms, dtype=torch.bool)
+        support = torch.ones_like(target.down[:, :1], dtype=torch.bool).repeat(1, n_atoms)
         count = n_atoms
         while atoms_per_output is not None and count > atoms_per_output:
             count = max(atoms_per_output, int(SHRINK * count))
@@ -110,9 +116,8 @@ def factorize(
         atoms = BilinearTensor(left, right, down)
         found.append((target.similarity(atoms.change_basis(outputs=metric)).item(), atoms))
     similarity, atoms = max(found, key=lambda each: each[0])
-    if inputs is not None:
-        span = whiten(tensor, inputs).filters.double() @ span
-    atoms = BilinearTensor(atoms.left @ span.mT, atoms.right @ span.mT, atoms.down)
+    span = span if filters is None else filters @ span
+    atoms = BilinearTensor(atoms.left @ span.mT, atoms.right @ span.mT, atoms.down * norm)
     return Factorization(
         _largest_first(atoms, tensor), similarity, tuple(each[0] for each in found)
     )
@@ -125,7 +130,8 @@ def _start(
     generator = torch.Generator().manual_seed(seed)
     mixture = torch.randn(2, n_atoms, target.rank, generator=generator).to(target.left)
     directions = mixture @ torch.stack([target.left, target.right])
-    return directions[:1] if symmetric else directions
+    # a square needs both: from one side's alone the other may be out of reach
+    return directions.sum(0, keepdim=True) if symmetric else directions
 
 
 def _atoms(directions: Float[Tensor, "sides atoms coords"]) -> tuple[Tensor, Tensor]:
@@ -178,25 +184,32 @@ def _search(
     steps: int,
     sparsity: float = 0.0,
 ) -> Float[Tensor, "sides atoms coords"]:
-    """Directions of a higher similarity, by L-BFGS, with the best weights at every step."""
+    """Directions of a higher similarity, by L-BFGS, with the best weights at every step.
+
+    The target has norm 1. A step that goes astray is left out: the best directions seen count.
+    """
     directions = (directions / directions.norm(dim=-1, keepdim=True)).requires_grad_()
-    norm = target.norm()
+    best, lowest = directions.detach().clone(), float("inf")
     optimizer = torch.optim.LBFGS(
         [directions], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
+        nonlocal best, lowest
         optimizer.zero_grad()
         down, explained = _weights(target, *_atoms(directions), support, metric)
-        value = 1 - explained.clamp(min=1e-30).sqrt() / norm
+        value = 1 - explained.clamp(min=1e-30).sqrt()
         if sparsity:
-            hoyer = down.abs().sum(1) / (down.norm(dim=1) * down.shape[1] ** 0.5)
+            norms = down.norm(dim=1).clamp(min=1e-10)  # an output may be zero, but for rounding
+            hoyer = down.abs().sum(1) / (norms * down.shape[1] ** 0.5)
             value = value + sparsity * hoyer.mean()
         value.backward()
+        if value.item() < lowest:
+            best, lowest = directions.detach().clone(), value.item()
         return value
 
     optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    return directions.detach()
+    return best
 
 
 def _pruned(
@@ -227,7 +240,8 @@ def _largest_first(atoms: BilinearTensor, like: BilinearTensor) -> BilinearTenso
     sizes = atoms.left.norm(dim=1) * atoms.right.norm(dim=1)
     left, right = (w / w.norm(dim=1, keepdim=True) for w in (atoms.left, atoms.right))
     down = atoms.down * sizes
-    order = down.norm(dim=0).argsort(descending=True)
+    products = (1 + (left * right).sum(1) ** 2).sqrt()  # their norms, but for a constant factor
+    order = (down.norm(dim=0) * products).argsort(descending=True)
     return BilinearTensor(
         left[order].to(like.left),
         right[order].to(like.left),

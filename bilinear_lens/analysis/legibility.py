@@ -1,4 +1,4 @@
-"""Legibility: do eigenvectors look like something? Four numbers for what is judged by eye.
+"""Legibility: do eigenvectors look like something? Three numbers for what is judged by eye.
 
 Each has a control in `random_directions`: white, or with the data's own covariance, since anything
 that lives where images live is smooth.
@@ -20,7 +20,8 @@ def smoothness(
     0 for white noise, towards 1 for smooth patterns.
 
     Raises:
-        ValueError: if the vectors are no images of `shape` = (channels, height, width).
+        ValueError: if the vectors are no images of `shape` = (channels, height, width), or one is
+            zero or not finite.
     """
     images = _images(vectors, shape)
     across = (images[..., 1:] * images[..., :-1]).mean((-3, -2, -1))
@@ -41,7 +42,7 @@ def compressibility(
     images = _images(vectors, shape)
     rows, columns = (_cosines(n).to(images) for n in images.shape[-2:])
     energy = (rows @ images @ columns.mT).square().flatten(-3)
-    n = math.ceil(share * energy.shape[-1])
+    n = math.ceil(share * energy.shape[-1] - 1e-9)  # 0.07 * 100 is a little above 7
     return energy.topk(n, dim=-1).values.sum(-1) / energy.sum(-1)
 
 
@@ -51,15 +52,23 @@ def class_templates(
     """Each class's mean image, less the mean of these, of unit length.
 
     Raises:
-        ValueError: if a class has no image.
+        ValueError: if a class has no image, a label is no class, or a mean image is that of all.
     """
+    if len(labels) != len(images) or not ((labels >= 0) & (labels < n_classes)).all():
+        raise ValueError(
+            f"{len(images)} images need a label each, from 0 to {n_classes - 1}; the "
+            f"{len(labels)} labels are {labels.unique().tolist()}."
+        )
     counts = torch.bincount(labels, minlength=n_classes)
     if empty := (counts == 0).nonzero().flatten().tolist():
         raise ValueError(f"The classes {empty} have no image: a template needs one.")
-    sums = torch.zeros(n_classes, images.shape[1]).index_add(0, labels, images)
+    sums = images.new_zeros(n_classes, images.shape[1]).index_add(0, labels, images)
     means = sums / counts[:, None]
     templates = means - means.mean(0)
-    return templates / templates.norm(dim=1, keepdim=True)
+    norms = templates.norm(dim=1, keepdim=True)
+    if not norms.all():
+        raise ValueError("The mean image of a class is that of all: it has no template.")
+    return templates / norms
 
 
 def template_match(
@@ -73,11 +82,17 @@ def template_match(
 def random_directions(
     n: int, images: Float[Tensor, "m d_in"] | int, *, seed: int
 ) -> Float[Tensor, "n d_in"]:
-    """Random unit directions: of the covariance of `images`, or white in `images` dimensions."""
+    """Random unit directions: of the covariance of `images`, or white in `images` dimensions.
+
+    Raises:
+        ValueError: if the images are all the same.
+    """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(images, int):
         directions = torch.randn(n, images, generator=generator)
     else:
+        if len(images) < 2 or (images == images[0]).all():
+            raise ValueError("The images are all the same: they have no covariance.")
         mixture = torch.randn(n, len(images), generator=generator).to(images)
         directions = mixture @ (images - images.mean(0))
     return directions / directions.norm(dim=1, keepdim=True)
@@ -89,12 +104,15 @@ def _images(vectors: Tensor, shape: Sequence[int]) -> Float[Tensor, "*batch c h 
             f"vectors {list(vectors.shape)} are no images of shape {list(shape)}: it must be "
             "(channels, height, width), at least 2 x 2."
         )
+    if not (vectors.isfinite().all() and vectors.any(-1).all()):
+        raise ValueError("A vector is zero, NaN or infinite: it is not of any shape.")
     return vectors.unflatten(-1, tuple(shape))
 
 
 def _cosines(n: int) -> Float[Tensor, "n n"]:
     """The orthonormal discrete cosine transform of n points."""
-    frequency, place = torch.arange(n)[:, None], torch.arange(n)[None]
+    place = torch.arange(n, dtype=torch.float64)
+    frequency = place[:, None]
     waves = torch.cos(math.pi * frequency * (2 * place + 1) / (2 * n)) * (2 / n) ** 0.5
     waves[0] /= 2**0.5
     return waves

@@ -29,7 +29,8 @@ def adversarial_masks(
         Masks of mean square 1 over the pixels.
 
     Raises:
-        ValueError: if a class has fewer than `k` positive eigenvalues, or the tensor has biases.
+        ValueError: if a class has fewer than `k` positive eigenvalues, the tensor has biases,
+            `where` is no choice of pixels, or the eigenvectors are linearly dependent there.
     """
     if spectrum.affine or spectrum.values.ndim != 2:
         raise ValueError("Masks need the spectrum of all classes of a model without biases.")
@@ -40,12 +41,28 @@ def adversarial_masks(
             f"the poorest class has {int((values > 0).sum(-1).min())}."
         )
     order = order[:, None, :k].expand(*spectrum.vectors.shape[:-1], k)
-    vectors = spectrum.vectors.gather(-1, order).mT
-    vectors = vectors * vectors.sum(-1, keepdim=True).sign()
+    vectors = spectrum.vectors.gather(-1, order).mT.double()
+    vectors = torch.where(vectors.sum(-1, keepdim=True) < 0, -vectors, vectors)
     if where is not None:
+        if where.dtype != torch.bool or where.shape != (spectrum.d_in,):
+            raise ValueError(
+                f"where is {where.dtype} {list(where.shape)}; it must be torch.bool "
+                f"[{spectrum.d_in}]: whether a mask may use each pixel."
+            )
         vectors = vectors * where.to(vectors)
-    masks = torch.linalg.pinv(vectors.flatten(0, 1)).mT.view_as(vectors)
-    return masks / masks.square().mean(-1, keepdim=True).sqrt()
+    stacked = vectors.flatten(0, 1)
+    inverse = torch.linalg.pinv(stacked)
+    moved = stacked @ inverse - torch.eye(len(stacked)).to(stacked)
+    if moved.abs().max() > 1e-3:
+        pixels = spectrum.d_in if where is None else int(where.sum())
+        raise ValueError(
+            f"The {len(stacked)} eigenvectors are linearly dependent on the {pixels} pixels: no "
+            "mask moves one alone. Take a smaller k, or allow more pixels."
+        )
+    masks = inverse.mT.reshape(vectors.shape)
+    if where is not None:
+        masks = masks * where.to(masks)  # of rounding
+    return (masks / masks.square().mean(-1, keepdim=True).sqrt()).to(spectrum.vectors)
 
 
 @torch.no_grad()
@@ -71,13 +88,18 @@ def masked_predictions(
         and `targeted`, the share of the images of other classes that are taken for the mask's.
 
     Raises:
-        ValueError: if there are not masks for each class, or no image of another class.
+        ValueError: if there are not masks for each class, labels for each input, or images of
+            another class; or if the inputs hold NaN.
     """
     n_classes, k, d_in = masks.shape
     if n_classes != tensor.d_out or d_in != tensor.d_in:
         raise ValueError(
             f"masks {list(masks.shape)} must be [{tensor.d_out}, k, {tensor.d_in}] for this tensor."
         )
+    if len(labels) != len(inputs):
+        raise ValueError(f"There are {len(inputs)} inputs and {len(labels)} labels: one for each.")
+    if not inputs.isfinite().all():
+        raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for c in range(n_classes):

@@ -4,6 +4,7 @@ Eigenvectors of close eigenvalues mix freely, so their cosine understates agreem
 interaction matrices, and of whole tensors (`BilinearTensor.similarity`), does not.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,8 +48,22 @@ def interaction_similarity(a: BilinearTensor, b: BilinearTensor) -> Float[Tensor
     """
     if a.d_out != b.d_out:
         raise ValueError(f"The tensors have {a.d_out} and {b.d_out} outputs: compare equals.")
-    inner = a.output_gram(b).diagonal()
-    norms = (a.output_gram().diagonal() * b.output_gram().diagonal()).sqrt()
-    if not norms.all():
-        raise ValueError("The similarity to a zero interaction is not defined.")
-    return inner / norms
+    one, other = _in_float64(a), _in_float64(b)
+    inner = one.output_gram(other).diagonal()
+    squares = torch.stack([one.output_gram().diagonal(), other.output_gram().diagonal()])
+    # of terms that cancel, rounding leaves a square of this size, of either sign
+    terms = torch.stack([_squared_terms(one), _squared_terms(other)])
+    if empty := (squares <= 1e-14 * terms).any(0).nonzero().flatten().tolist():
+        raise ValueError(f"The similarity to a zero interaction is not defined: outputs {empty}.")
+    return (inner / squares.sqrt().prod(0)).to(a.down)
+
+
+def _in_float64(tensor: BilinearTensor) -> BilinearTensor:
+    left, right, down = (w.double() for w in (tensor.left, tensor.right, tensor.down))
+    return BilinearTensor(left, right, down, tensor.affine)
+
+
+def _squared_terms(tensor: BilinearTensor) -> Float[Tensor, " d_out"]:
+    """The summed squared norms of an output's products."""
+    norms = tensor.left.norm(dim=1) * tensor.right.norm(dim=1)
+    return (tensor.down * norms).square().sum(1)

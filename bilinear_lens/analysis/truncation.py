@@ -22,6 +22,8 @@ def paired(spectrum: Spectrum) -> Spectrum:
 
     The order of arXiv 2406.03947's truncations. Where one sign runs out, the other goes on.
     """
+    order = spectrum.values.abs().argsort(dim=-1, descending=True, stable=True)
+    spectrum = _reordered(spectrum, order)
     positive = spectrum.values > 0
     # the rank of each pair among those of its sign; the positive of a rank before the negative
     ranks = torch.where(positive, positive.cumsum(-1), (~positive).cumsum(-1))
@@ -29,7 +31,11 @@ def paired(spectrum: Spectrum) -> Spectrum:
 
 
 def by_activation(spectrum: Spectrum, inputs: Float[Tensor, "n d_in"]) -> Spectrum:
-    """The pairs reordered by the magnitude of their mean activation `value E[(vector . x)^2]`."""
+    """The pairs reordered by the magnitude of their mean activation `value E[(vector . x)^2]`.
+
+    Raises:
+        ValueError: as `mean_activations`.
+    """
     means = mean_activations(spectrum, inputs)
     return _reordered(spectrum, means.abs().argsort(dim=-1, descending=True))
 
@@ -37,7 +43,12 @@ def by_activation(spectrum: Spectrum, inputs: Float[Tensor, "n d_in"]) -> Spectr
 def mean_activations(
     spectrum: Spectrum, inputs: Float[Tensor, "n d_in"]
 ) -> Float[Tensor, "*batch k"]:
-    """What each eigenvector adds on average over `inputs`."""
+    """What each eigenvector adds on average over `inputs`.
+
+    Raises:
+        ValueError: if there are no inputs, or they are of another size or hold NaN.
+    """
+    _check(inputs)
     sums = [spectrum.activations(batch).sum(0) for batch in inputs.split(1024)]
     return torch.stack(sums).sum(0) / len(inputs)
 
@@ -51,8 +62,13 @@ def activation_spectrum(
 
     With `C = E[x x^T]`, the generalised eigenvectors of `Q` and the inverse of `C`: vectors `w`
     with `Q = sum_i value_i w_i w_i^T` exactly, and `E[(w_i . x)(w_j . x)]` 1 if i = j, else 0.
-    An eigenvalue is then the pair's mean activation, and the first k are the best rank-k
-    approximation of what is written, in mean square, over Gaussian inputs of covariance C.
+    An eigenvalue is then the pair's mean activation. Over Gaussian inputs of mean 0 and without
+    biases, the first k, with the mean activations of the rest in place of these, are the best
+    rank-k approximation of what is written, in mean square. (With 0 in their place the means
+    count as well, and another order may win.)
+
+    The moments, but not `Q`, are up to the ridge of `whiten`: where the data does not vary, a
+    pair's mean activation is smaller than its eigenvalue.
 
     Args:
         inputs: data, such as training images.
@@ -60,9 +76,15 @@ def activation_spectrum(
     Raises:
         ValueError: as `BilinearTensor.eigh` and `whiten`.
     """
-    whitened, filters = whiten(tensor, inputs)
+    # in float64: the filters undo scales that differ by orders of magnitude
+    left, right, down = (w.double() for w in (tensor.left, tensor.right, tensor.down))
+    whitened, filters = whiten(BilinearTensor(left, right, down, tensor.affine), inputs)
     spectrum = whitened.eigh(direction)
-    return Spectrum.signed(spectrum.values, filters @ spectrum.vectors, affine=tensor.affine)
+    return Spectrum.signed(
+        spectrum.values.to(tensor.left),
+        (filters @ spectrum.vectors).to(tensor.left),
+        affine=tensor.affine,
+    )
 
 
 def truncation_curve(
@@ -86,15 +108,23 @@ def truncation_curve(
         same prediction as with all pairs).
 
     Raises:
-        ValueError: if the spectrum is not of several classes, or a k is not in 1..k.
+        ValueError: if the spectrum is not of several classes, a k is not in 1..k, `labels` or
+            `rest` do not fit, or the inputs hold NaN.
     """
-    logits = _kept(spectrum, inputs, [*ks, spectrum.k])
+    if len(labels) != len(inputs):
+        raise ValueError(f"There are {len(inputs)} inputs and {len(labels)} labels: one for each.")
+    logits = _kept(spectrum, inputs, ks)
     if rest is not None:
+        if rest.shape != spectrum.values.shape:
+            raise ValueError(
+                f"rest {list(rest.shape)} must be one mean activation for each of the spectrum's "
+                f"values {list(spectrum.values.shape)}: mean_activations(spectrum, data)."
+            )
         cut = rest.sum(-1, keepdim=True) - rest.cumsum(-1)
-        logits[:-1] += cut.mT[torch.tensor(ks) - 1][:, None]
+        logits[:-1] += cut.mT[torch.tensor(ks) - 1][:, None].to(logits)
     predictions = logits.argmax(-1)
-    right = (predictions == labels).float().mean(1).tolist()
-    agreement = (predictions == predictions[-1]).float().mean(1).tolist()
+    right = (predictions == labels).double().mean(1).tolist()
+    agreement = (predictions == predictions[-1]).double().mean(1).tolist()
     return pd.DataFrame(
         {
             "k": list(ks),
@@ -124,28 +154,30 @@ def truncation_errors(
     Raises:
         ValueError: as `truncation_curve`, or if the eigenvectors are not orthonormal.
     """
-    *kept, full = _kept(spectrum, inputs, [*ks, spectrum.k])
+    *kept, full = _kept(spectrum, inputs, ks)
     gram = spectrum.vectors.mT @ spectrum.vectors
-    if (gram - torch.eye(spectrum.k).to(gram)).abs().max() > 1e-3:
+    rounding = torch.linalg.matrix_norm(gram - torch.eye(spectrum.k).to(gram)).double()
+    if rounding.max() > 1e-3:
         raise ValueError(
             "The eigenvectors are not orthonormal: the bound is of tensor.eigh's, in any order."
         )
-    sizes = coordinates(inputs, spectrum.d_in, spectrum.affine).square().sum(-1)
+    sizes = coordinates(inputs.to(full), spectrum.d_in, spectrum.affine).square().sum(-1)
     prediction = full.argmax(-1)
     margins = full.gather(1, prediction[:, None]) - full
     rows = []
     for k, logits in zip(ks, kept, strict=True):
-        cut = spectrum.values[:, k:].abs()
-        bounds = cut.amax(-1) if k < spectrum.k else cut.new_zeros(len(cut))
+        cut = spectrum.values[:, k:].double().abs()
+        bounds = cut.amax(-1) * (1 + rounding) if k < spectrum.k else cut.new_zeros(len(cut))
         slack = (bounds[prediction][:, None] + bounds) * sizes[:, None]
         safe = (margins > slack).scatter(1, prediction[:, None], True).all(1)
         rows.append(
             {
                 "k": k,
                 "bound": bounds.max().item(),
-                "error": ((full - logits).abs() / sizes[:, None]).max().item(),
-                "certified": safe.float().mean().item(),
-                "agreement": (logits.argmax(-1) == prediction).float().mean().item(),
+                # an input of zeros writes zeros
+                "error": ((full - logits).abs() / sizes[:, None].clamp(min=1e-300)).max().item(),
+                "certified": safe.double().mean().item(),
+                "agreement": (logits.argmax(-1) == prediction).double().mean().item(),
             }
         )
     return pd.DataFrame(rows)
@@ -153,9 +185,9 @@ def truncation_errors(
 
 def _kept(
     spectrum: Spectrum, inputs: Float[Tensor, "n d_in"], ks: Sequence[int]
-) -> Float[Tensor, "ks n n_classes"]:
-    """What the first k pairs of each class add up to, for each k."""
-    if spectrum.values.ndim != 2:
+) -> Float[Tensor, "ks_and_all n n_classes"]:
+    """What the first k pairs of each class add up to, for each k and at last all, in float64."""
+    if spectrum.values.ndim != 2 or len(spectrum.values) < 2:
         raise ValueError(
             f"values {list(spectrum.values.shape)}: give the spectrum of all classes, "
             "tensor.eigh(torch.eye(n_classes))."
@@ -164,11 +196,22 @@ def _kept(
         raise ValueError(
             f"ks={list(ks)} must be numbers between 1 and the {spectrum.k} eigenpairs there are."
         )
-    logits = torch.empty(len(ks), len(inputs), len(spectrum.values))
+    _check(inputs)
+    columns = torch.tensor([*ks, spectrum.k], device=spectrum.values.device) - 1
+    logits = spectrum.values.new_empty(
+        len(columns), len(inputs), len(spectrum.values), dtype=torch.float64
+    )
     for c, (values, vectors) in enumerate(zip(spectrum.values, spectrum.vectors, strict=True)):
         activations = Spectrum(values, vectors, spectrum.affine).activations(inputs)
-        logits[:, :, c] = activations.cumsum(-1)[:, torch.tensor(ks) - 1].mT
+        logits[:, :, c] = activations.double().cumsum(-1)[:, columns].mT
     return logits
+
+
+def _check(inputs: Tensor) -> None:
+    if not len(inputs):
+        raise ValueError("There are no inputs.")
+    if not inputs.isfinite().all():
+        raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
 
 
 def _reordered(spectrum: Spectrum, order: Int[Tensor, "*batch k"]) -> Spectrum:

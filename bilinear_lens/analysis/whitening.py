@@ -30,10 +30,13 @@ def whiten(
             change need it.
 
     Raises:
-        ValueError: if the inputs are of another size, hold NaN, or the ridge is not positive.
+        ValueError: if there are no inputs, they are of another size, all zero or hold NaN, or the
+            ridge is not positive.
     """
-    if ridge <= 0:
+    if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be positive.")
+    if not inputs.any():
+        raise ValueError(f"The inputs {list(inputs.shape)} are none, or all zero.")
     if not inputs.isfinite().all():
         raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
     x = coordinates(inputs, tensor.d_in, tensor.affine).double()
