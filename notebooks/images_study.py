@@ -261,14 +261,14 @@ def _factorizations(rows: Rows, tensor, inputs, sample, labels, accuracy: float)
 
     quiet = {"progress": False, "seed": rows.about["seed"]}
     for n_atoms in (8, 16, 32, 64):
-        record("CP", n_atoms, bl.factorize(tensor, n_atoms, restarts=2, **quiet))
+        record("CP", n_atoms, bl.factorize(tensor, n_atoms, restarts=1, **quiet))
 
         axes = Spectrum.of(tensor.input_gram()).top(n_atoms).vectors
         tucker = tensor.change_basis(inputs=axes.mT).change_basis(inputs=axes)
         right = (tucker(inputs).argmax(-1) == labels).float().mean().item()
         rows.add("similarity", tensor.similarity(tucker).item(), method="Tucker", k=n_atoms)
         rows.add("lost", accuracy - right, method="Tucker", k=n_atoms)
-    sparse = {"contrast": True, "inputs": sample, "restarts": 4, **quiet}
+    sparse = {"contrast": True, "inputs": sample, "restarts": 1, "steps": 200, **quiet}
     record("CP, 5 atoms a class", 30, bl.factorize(tensor, 30, atoms_per_output=5, **sparse))
 
 
@@ -314,12 +314,57 @@ def compare(group: list[Job], others: list[Job], models: Path) -> list[dict]:
     return rows
 
 
+def race(data: Path, *, epochs: int = 5, rounds: int = 5) -> pd.DataFrame:
+    """Seconds an epoch: `fit`, and the same model and recipe in a plain PyTorch loop, in turn."""
+    train = bl.load_images(data / "mnist")
+    x, y = train.images.flatten(1), train.labels
+
+    def plain(bf16: bool) -> None:
+        embed = torch.nn.Linear(784, 300, bias=False)
+        layer = torch.nn.Linear(300, 600, bias=False)
+        head = torch.nn.Linear(300, 10, bias=False)
+        parameters = [*embed.parameters(), *layer.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1.0, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30 * epochs)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(2048):
+                noisy = x[batch]
+                noisy = noisy + 0.4 * torch.randn_like(noisy)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    left, right = layer(embed(noisy)).chunk(2, dim=-1)
+                    logits = head(left * right)
+                loss = torch.nn.functional.cross_entropy(logits.float(), y[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+
+    def ours(bf16: bool) -> None:
+        model = bl.HookedBilinearClassifier.from_config(input_shape=(1, 28, 28), n_classes=10)
+        options = {"epochs": epochs, "input_noise": 0.4, "bf16": bf16}
+        model.fit(train.images, train.labels, progress=False, **options)
+
+    rows = []
+    for number in range(rounds):
+        for bf16 in (False, True):
+            seconds = {}
+            for run in (plain, ours) if number % 2 else (ours, plain):
+                start = time.perf_counter()
+                run(bf16)
+                seconds[run.__name__] = (time.perf_counter() - start) / epochs
+            rows.append({"bf16": bf16, **seconds, "ratio": seconds["ours"] / seconds["plain"]})
+    return pd.DataFrame(rows).groupby("bf16").median()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("data", "models", "table"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--workers", type=int, default=2, help="processes that train")
+    parser.add_argument("--race", action="store_true", help="time `fit` against a plain loop first")
     given = parser.parse_args()
+    if given.race:
+        print(race(given.data))
     unique = list({job.name: job for job in jobs()}.values())
     shallow = [job for job in unique if "n_layers" not in job.model and job.group != "masks"]
     groups: dict[str, list[Job]] = {}

@@ -283,8 +283,10 @@ def test_a_saved_model_comes_back_to_the_bit(fields, dtype, tmp_path):
     files = sorted(file.name for file in (tmp_path / "new" / "model").iterdir())
     assert files == ["README.md", "config.json", "model.safetensors"]
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["model"]
-    again = bl.HookedBilinearClassifier.from_pretrained(tmp_path / "new" / "model")
+    load = bl.HookedBilinearClassifier.from_pretrained
+    again = load(tmp_path / "new" / "model", dtype="auto")
     assert again.cfg == model.cfg and again.W_E.dtype == dtype
+    assert load(tmp_path / "new" / "model").W_E.dtype == torch.float32
     assert same(state(again), state(model))
     images = some_images().to(dtype)
     assert torch.equal(again(images), model(images))

@@ -14,6 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 import bilinear_lens as bl
+from bilinear_lens.models.checkpoints import built_in
 from bilinear_lens.training.images import N_DIGITS_TRAIN, read_idx, read_image
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -144,6 +145,16 @@ def test_unknown_splits_are_named(split, tmp_path):
     for source in ("digits", write_idx(tmp_path)):
         message = fault(lambda source=source: bl.load_images(source, split))
         assert f"split={split!r}" in message and '"train" or "test"' in message
+
+
+@pytest.mark.skipif(not (DATA / "mnist").is_dir(), reason="needs shared/data/mnist beside the repo")
+def test_the_built_in_classifier_is_as_good_as_its_card():
+    test = bl.load_images(DATA / "mnist", "test")
+    accuracy = bl.HookedBilinearClassifier.from_pretrained("mnist-1l").accuracy(
+        test.images, test.labels
+    )
+    card = (built_in("mnist-1l") / "README.md").read_text()
+    assert f"test split: {accuracy:.4f}" in card.replace("\n", " ")
 
 
 @pytest.mark.skipif(not (DATA / "mnist").is_dir(), reason="needs shared/data/mnist beside the repo")

@@ -217,9 +217,16 @@ class HookedBilinearClassifier(HookedRootModule):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, revision: str | None = None
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
     ) -> "HookedBilinearClassifier":
-        """A saved model, from a folder or a Hugging Face Hub id.
+        """A saved model: a built-in one, "mnist-1l", or from a folder or a Hugging Face Hub id.
+
+        Args:
+            dtype: "auto" is what the weights are saved in.
 
         Raises:
             KeyError: if there is no such folder.
@@ -232,7 +239,8 @@ class HookedBilinearClassifier(HookedRootModule):
                 k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
             }  # JSON has lists
             model = cls(ClassifierConfig(**fields))
-            model.to(weights["embed.W_E"].dtype).load_state_dict(weights)
+            model.to(weights["embed.W_E"].dtype if dtype == "auto" else dtype)
+            model.load_state_dict(weights)
         except (TypeError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"The weights of {name_or_path} contradict its config: {error}"
