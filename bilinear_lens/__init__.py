@@ -13,7 +13,8 @@ from bilinear_lens.analysis.ablation import (
     keep_eigenvectors,
     project_out,
 )
-from bilinear_lens.models.classifier import ClassifierConfig, HookedBilinearClassifier
+from bilinear_lens.models.classifier import HookedBilinearClassifier
+from bilinear_lens.models.layers import ClassifierConfig
 from bilinear_lens.training.images import LabelledImages, load_images
 from bilinear_lens.analysis.explanation import Explanation, explain_image
 from bilinear_lens.analysis.truncation import activation_spectrum, truncation_curve

@@ -211,8 +211,9 @@ def vision(
     data: Annotated[
         str,
         typer.Option(
-            help="digits (ships with the package), a folder with idx files, a folder of images for "
-            "each class, or a dataset's name: mnist, fashion-mnist, ylecun/mnist, ..."
+            help="digits (ships with the package), a folder with idx files, a folder with train/ "
+            "and test/ (in each a folder of images for each class), or a dataset's name: mnist, "
+            "fashion-mnist, ylecun/mnist, ..."
         ),
     ] = "digits",
     d_model: Annotated[int, typer.Option(help="Width.")] = bl.ClassifierConfig.d_model,
@@ -225,14 +226,16 @@ def vision(
     ] = False,
     bias: Annotated[bool, typer.Option("--bias", help="Layers have biases.")] = False,
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = FitRecipe.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = FitRecipe.batch_size,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a step; 2048, or fewer of a small set, otherwise.")
+    ] = FitRecipe.batch_size,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = FitRecipe.learning_rate,
     weight_decay: Annotated[
         float, typer.Option(help="AdamW's; more of it makes spectra steeper.")
     ] = FitRecipe.weight_decay,
     input_noise: Annotated[
         float, typer.Option(help="Standard deviation of Gaussian noise on the pixels.")
-    ] = 0.4,
+    ] = FitRecipe.input_noise,
     salt_and_pepper: Annotated[
         float, typer.Option(help="Share of the pixels set to 0 or 1.")
     ] = FitRecipe.salt_and_pepper,
@@ -247,10 +250,16 @@ def vision(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Forward passes in bfloat16: about twice as fast.")
     ] = False,
+    image_column: Annotated[
+        str | None, typer.Option(help="Where a dataset has several columns of images.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Where a dataset has several columns of classes, or strings.")
+    ] = None,
 ) -> None:
     """Train a bilinear image classifier.
 
-    Example: bilinear-lens train vision my-digits --data digits --epochs 60
+    Example: bilinear-lens train vision my-digits --epochs 60 --input-noise 0.2 --lr 3e-3
     """
     _, accuracy = train_vision(
         out,
@@ -275,6 +284,8 @@ def vision(
             seed=seed,
             bf16=bf16,
         ),
+        image_column=image_column,
+        label_column=label_column,
         command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
     )
     console.print(f"accuracy on the test split: {accuracy:.4f}")
@@ -283,16 +294,25 @@ def vision(
 
 @app.command("explain-image")
 def explain_image(
-    model: Annotated[str, typer.Argument(help="A folder or Hub id with a classifier.")],
+    model: Annotated[
+        str, typer.Argument(help="mnist-1l, or a folder or Hub id with a classifier.")
+    ],
     image: Annotated[
         str, typer.Argument(help="A picture file, or the number of an image of --data, from 0.")
     ],
     data: Annotated[
         str, typer.Option(help="Where numbered images are from, as for `train vision`: test split.")
     ] = "digits",
-    classes: Annotated[int, typer.Option(help="How many classes, of the largest logits.")] = 3,
-    k: Annotated[int, typer.Option(help="How many eigenvectors of each class.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Also write a page there (.html).")] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="How many classes, of the largest logits; up to 3 otherwise.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(help="How many eigenvectors of each class; up to 5 otherwise.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page there (.html); of a model of one layer."),
+    ] = None,
 ) -> None:
     """Print which eigenvectors fired for IMAGE, and how much each adds to its logits.
 
@@ -301,11 +321,21 @@ def explain_image(
     if out is not None:
         _check_writable(out)
     classifier = bl.HookedBilinearClassifier.from_pretrained(model)
+    if out is not None and classifier.cfg.n_layers > 1:
+        raise ValueError(
+            f"{model} has {classifier.cfg.n_layers} layers: the eigenvectors that add up to its "
+            "logits are patterns of hidden activations, no pictures. Leave out --out."
+        )
     if image.isdecimal():
         held = bl.load_images(data, "test")
         number = int(image)
         if number >= len(held):
             raise ValueError(f"{data} has the images 0 to {len(held) - 1}, no {number}.")
+        if held.images.shape[1:] != classifier.cfg.input_shape:
+            raise ValueError(
+                f"The images of {data} are {list(held.images.shape[1:])}; {model} takes "
+                f"{list(classifier.cfg.input_shape)}: choose others with --data."
+            )
         pixels, name = held.images[number], f"image {number} of {data}"
         name += f", labelled {held.names[int(held.labels[number])]}"
     else:

@@ -127,19 +127,11 @@ def token_page(
 
 
 def image_page(model: HookedBilinearClassifier, explanation: Explanation, *, name: str) -> str:
-    """A self-contained HTML page about what a classifier saw in one image.
+    """A self-contained HTML page about what a classifier of one layer saw in one image.
 
     Args:
         name: what the image is called.
-
-    Raises:
-        ValueError: if the model has more than one layer: its last eigenvectors are no pictures.
     """
-    if explanation.space != "pixels":
-        raise ValueError(
-            f"This model has {model.cfg.n_layers} layers: the eigenvectors that add up to its "
-            "logits are patterns of hidden activations, not of pixels. Leave out the page."
-        )
     shape = model.cfg.input_shape
     (tensor,) = model.tensors()
     whole = tensor.eigh(torch.eye(tensor.d_out).to(tensor.left))

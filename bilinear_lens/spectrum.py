@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Eigenpairs of one or many symmetric matrices, by `|value|`, largest first.
+    """Eigenpairs of one or many symmetric matrices, in an order: `eigh`'s is by `|value|`.
 
     An eigenvector's sign is arbitrary; here its entry of largest magnitude is positive, unless
     `oriented` chose otherwise.
@@ -20,7 +20,7 @@ class Spectrum:
 
     values: Float[Tensor, "*batch k"]
     vectors: Float[Tensor, "*batch coords k"]
-    """Orthonormal columns."""
+    """Columns; those of `eigh` are orthonormal."""
     affine: bool = False
     """Whether the last coordinate is a constant 1, which callers do not pass."""
 
@@ -72,7 +72,7 @@ class Spectrum:
         return f"Spectrum(k={self.k}, d_in={self.d_in}, values=[{shown}, ...])"
 
     def top(self, k: int) -> "Spectrum":
-        """The `k` pairs of largest magnitude.
+        """The first `k` pairs: of `eigh`'s, those of largest magnitude.
 
         Raises:
             ValueError: if `k` is not in 1..k.
@@ -81,7 +81,7 @@ class Spectrum:
         return Spectrum(self.values[..., :k], self.vectors[..., :k], self.affine)
 
     def bottom(self, k: int) -> "Spectrum":
-        """The `k` pairs of smallest magnitude, of those there are.
+        """The last `k` pairs: of `eigh`'s, those of smallest magnitude of those there are.
 
         Raises:
             ValueError: if `k` is not in 1..k.

@@ -133,6 +133,10 @@ class BilinearTensor:
             affine=True,
         )
 
+    def quadratic(self) -> "BilinearTensor":
+        """The part that is quadratic in the input: without biases and what `with_linear` added."""
+        return BilinearTensor(self.left[:, : self.d_in], self.right[:, : self.d_in], self.down)
+
     @property
     def d_in(self) -> int:
         """Size of the input that the caller passes."""

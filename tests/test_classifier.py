@@ -4,6 +4,7 @@ import itertools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -797,3 +798,48 @@ def test_type_checks_are_on_elsewhere():
     wrong: Any = [1, 2]
     with pytest.raises(TypeCheckError):
         a_model().class_number(wrong)
+
+
+def test_outputs_that_vanish_and_losses_that_explode_leave_the_model_as_it_was():
+    images, labels = some_images().float(), torch.arange(11) % N_CLASSES
+    deep = a_model(n_layers=8).float()
+    with pytest.raises(ValueError, match="residual=True"):
+        deep.fit(images, labels, progress=False)
+    a_model(n_layers=8, residual=True).float().fit(images, labels, epochs=1, progress=False)
+    model = a_model().float()
+    before = state(model)
+    with pytest.raises(ValueError, match="learning_rate"):
+        model.fit(images, labels, epochs=3, learning_rate=1e30, progress=False)
+    assert same(state(model), before)
+
+
+def test_a_small_set_is_cut_into_batches(capsys):
+    images, labels = some_images(100).float(), torch.arange(100) % N_CLASSES
+    a_model().float().fit(images, labels, epochs=1)
+    assert "20/20" in capsys.readouterr().err  # 100 inputs, a twentieth at a time
+    a_model().float().fit(images, labels, epochs=1, batch_size=50)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_biases_are_stacked_or_named():
+    model = a_model(bias=True, n_layers=2, d_mlp=D_MLP)
+    assert model.b_gate.shape == model.b_in.shape == (2, D_MLP)
+    assert model.b_out.shape == (2, D_MODEL)
+    with pytest.raises(ValueError, match="bias=False"):
+        _ = a_model().b_in
+
+
+def test_a_class_is_known_by_name_or_any_integer(as_users):
+    model = a_model(labels=("2", "b", "c"))
+    assert model.class_number("2") == 0 and model.class_number("c") == 2
+    for one in (1, np.int64(1), torch.tensor(1)):
+        assert model.class_number(one) == 1
+    for wrong in ("d", 3, -1):
+        with pytest.raises(ValueError, match="There is no class"):
+            model.class_number(wrong)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (2, 1, 8, 8), ()])
+def test_shapes_that_are_no_images_are_refused(shape):
+    with pytest.raises(ValueError, match="input_shape"):
+        bl.HookedBilinearClassifier.from_config(input_shape=shape, n_classes=N_CLASSES)

@@ -85,10 +85,12 @@ def test_a_classifier_is_trained_and_explains_an_image(run, tmp_path):
         ("explain-image nowhere 3", "No model or folder"),
         ("explain-image tinystories-1l 3", "holds no HookedBilinearClassifier"),
         ("explain-image small 999", "images 0 to 359"),
+        ("explain-image mnist-1l 3", "choose others with --data"),
+        ("train vision new --layers 6", "residual=True"),
         ("explain-image small absent.png", "as a picture"),
         ("explain-image small large.png", "the model takes [1, 8, 8]"),
         ("explain-image small 3 --k 99", "k=99"),
-        ("explain-image deep 3 --out page.html", "Leave out the page"),
+        ("explain-image deep 3 --out page.html", "Leave out --out"),
     ],
 )
 def test_faults_around_images_are_named(run, tmp_path, line, message):

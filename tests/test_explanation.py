@@ -150,7 +150,7 @@ def test_wrong_questions_are_named(as_users):
     for unknown in ("fly", 5, -1):
         with pytest.raises(ValueError, match=f"no class {unknown!r}.*'ant'"):
             explain_image(model, image, classes=[unknown])
-    with pytest.raises(ValueError, match="classes is empty"):
+    with pytest.raises(ValueError, match="is empty or has a class twice"):
         explain_image(model, image, classes=[])
     for several in (torch.stack([image, image]), torch.zeros(2, 12)):
         with pytest.raises(ValueError, match="holds 2 images"):

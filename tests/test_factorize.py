@@ -8,6 +8,7 @@ from tensorly.tenalg import multi_mode_dot  # pyright: ignore[reportAttributeAcc
 from torch import Tensor, einsum
 
 from bilinear_lens import BilinearTensor, Factorization, Spectrum, factorize
+from bilinear_lens.analysis.factorize import tucker
 from bilinear_lens.analysis.whitening import whiten
 
 N_IN, N_OUT, RANK = 6, 3, 4
@@ -382,3 +383,19 @@ def test_what_cannot_be_factorized_is_named(as_users):
         run(tensor, 2, inputs=x[:, 1:])
     with pytest.raises(ValueError, match="all zero"):
         run(tensor, 2, inputs=x * 0)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_tucker_is_the_truncated_hosvd(affine):
+    tensor = a_tensor(affine=affine)
+    whole = dense(tensor)
+    coords = whole.shape[-1]
+    modes = torch.linalg.svd(whole.movedim(1, 0).flatten(1), full_matrices=False)[0][:, :3]
+    outputs = torch.linalg.svd(whole.flatten(1), full_matrices=False)[0][:, :2]
+    inside, kept = modes @ modes.mT, outputs @ outputs.mT
+    expected = einsum("po,oij,ik,jl->pkl", kept, whole, inside, inside)
+    torch.testing.assert_close(dense(tucker(tensor, 3, 2)), expected)
+    torch.testing.assert_close(dense(tucker(tensor, coords)), whole)
+    assert not torch.allclose(dense(tucker(tensor, 2)), whole)
+    with pytest.raises(ValueError, match=f"between 1 and {coords}"):
+        tucker(tensor, coords + 1)

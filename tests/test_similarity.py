@@ -249,7 +249,7 @@ def test_masks_that_cannot_be(as_users):
         masked_predictions(tensor, x, labels, masks[:2], sizes=[1])
     with pytest.raises(ValueError, match="All images are of class 1"):
         masked_predictions(tensor, x, torch.ones(6, dtype=torch.long), masks, sizes=[1])
-    with pytest.raises(ValueError, match="6 inputs and 5 labels"):
+    with pytest.raises(ValueError, match=r"6 inputs and labels \[5\]"):
         masked_predictions(tensor, x, labels[1:], masks, sizes=[1])
     with pytest.raises(ValueError, match="NaN"):
         masked_predictions(tensor, x / 0, labels, masks, sizes=[1])
@@ -391,3 +391,17 @@ def test_what_is_no_image_is_refused(as_users):
     for same in (images[:1], images[:1].expand(4, SIZE)):
         with pytest.raises(ValueError, match="all the same"):
             random_directions(2, same, seed=0)
+
+
+def test_a_shuffled_mask_stays_where_masks_may_be():
+    tensor = BilinearTensor(normal(0, 4, 7), normal(1, 4, 7), normal(2, 3, 4))
+    masks = torch.zeros(3, 1, 7, dtype=torch.float64)
+    masks[:, :, 2] = 1.0  # one pixel: a shuffle within it changes nothing
+    x, labels = normal(3, 20, 7), torch.arange(20) % 3
+    table = masked_predictions(tensor, x, labels, masks, sizes=[2.0])
+    kinds = table.set_index(["mask", "class"])[["accuracy", "targeted"]]
+    assert kinds.loc["weights"].equals(kinds.loc["shuffled"])
+    masks[:, :, 5] = -3.0
+    table = masked_predictions(tensor, x, labels, masks, sizes=[2.0], seed=1)
+    kinds = table.set_index(["mask", "class"])[["accuracy", "targeted"]]
+    assert not kinds.loc["weights"].equals(kinds.loc["shuffled"])

@@ -347,3 +347,14 @@ def test_bad_input_is_named(as_users):
     assert "change_basis" in message(lambda: tensor.output_gram(other))
     assert "with biases" in message(lambda: tensor.output_gram(a_tensor(affine=True)))
     assert "zero tensor" in message(lambda: tensor.similarity(tensor * 0.0))
+
+
+def test_the_quadratic_part_leaves_the_rest_out():
+    left, right, down = (*torch.randn(2, 5, 3).unbind(), torch.randn(2, 5))
+    plain = BilinearTensor(left, right, down)
+    biased = BilinearTensor.with_biases(
+        left, right, down, left_bias=torch.randn(5), down_bias=torch.randn(2)
+    ).with_linear(torch.randn(2, 3))
+    x = torch.randn(7, 3)
+    torch.testing.assert_close(biased.quadratic()(x), plain(x))
+    assert not torch.allclose(biased(x), plain(x))

@@ -47,8 +47,8 @@ def explain_image(
     model: HookedBilinearClassifier,
     image: Float[Tensor, "..."],
     *,
-    classes: int | list[str | int] = 3,
-    k: int = 5,
+    classes: int | list[str | int] | None = None,
+    k: int | None = None,
 ) -> Explanation:
     """Which eigenvectors fired for an image, and how much each adds (arXiv 2410.08417, appendix C).
 
@@ -58,35 +58,38 @@ def explain_image(
 
     Args:
         image: one image of the model's shape, or flat; a batch of one will do.
-        classes: how many, of the largest logits, or which.
-        k: how many eigenvectors of each class to list, the largest activations first.
+        classes: how many, of the largest logits, or which; by default up to 3.
+        k: how many eigenvectors of each class to list, the largest activations first; by default
+            up to 5.
 
     Raises:
-        ValueError: if the image does not fit or is not finite, a class is unknown, or `k` is not
-            between 1 and the number of eigenvectors.
+        ValueError: if the image does not fit, is not finite or is not from 0 to 1, a class is
+            unknown or stands twice, or `k` is not between 1 and the number of eigenvectors.
     """
     x = model.flatten(image)
     if x.numel() != model.cfg.d_in:
         n = x.numel() // model.cfg.d_in
         raise ValueError(f"The input {list(image.shape)} holds {n} images: give one.")
     x = x.reshape(-1)
-    if not x.isfinite().all():
-        raise ValueError("The image holds NaN or infinite pixels.")
+    model.check_pixels(x)
     *below, last = model.tensors()
     read = x
     for tensor in below:
         read = tensor(read)
     logits = model(x)
+    if classes is None:
+        classes = min(3, model.cfg.n_classes)
     if isinstance(classes, int):
         if not 1 <= classes <= model.cfg.n_classes:
             raise ValueError(f"classes={classes} must be between 1 and {model.cfg.n_classes}.")
         numbers: list[int] = logits.topk(classes).indices.tolist()
     else:
         numbers = [model.class_number(label) for label in classes]
-        if not numbers:
-            raise ValueError("classes is empty: name one, or say how many.")
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"classes={classes} is empty or has a class twice.")
     directions = torch.eye(model.cfg.n_classes).to(x)[numbers]
     spectrum = last.eigh(directions)
+    k = min(5, spectrum.k) if k is None else k
     if not 1 <= k <= spectrum.k:
         raise ValueError(f"k={k} must be between 1 and the {spectrum.k} eigenvectors there are.")
     projections, activations = spectrum.projections(read), spectrum.activations(read)

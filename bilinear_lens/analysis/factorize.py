@@ -63,12 +63,13 @@ def factorize(
             cost the fit, a few at a time, and the directions fitted again after each round.
         sparsity: weight of the Hoyer penalty, `|d|_1 / |d|_2` of an output's weights (of unit
             atoms, over sqrt(n_atoms)), which does not depend on scale; it acts before pruning. An
-            output that is zero has none.
+            output that is zero has none. It makes weights small; only `atoms_per_output` makes
+            them 0.
         symmetric: both directions of an atom are the same: squares instead of products.
         contrast: compare outputs up to a part that they share, as logits do: only differences
             between outputs count.
         inputs: data, in whose metric the cosine is taken (`whiten`); by default that of pixels.
-        restarts: random starts; the best is kept.
+        restarts: random starts; the one of highest similarity is kept.
         steps: iterations of L-BFGS a round.
         seed: of the starts.
 
@@ -120,6 +121,33 @@ def factorize(
     atoms = BilinearTensor(atoms.left @ span.mT, atoms.right @ span.mT, atoms.down * norm)
     return Factorization(
         _largest_first(atoms, tensor), similarity, tuple(each[0] for each in found)
+    )
+
+
+def tucker(tensor: BilinearTensor, n_inputs: int, n_outputs: int | None = None) -> BilinearTensor:
+    """The tensor projected on its leading modes: the truncated HOSVD, beside CP.
+
+    One orthonormal basis of `n_inputs` input directions for both inputs and all outputs, and one
+    of `n_outputs` output directions (arXiv 2410.08417, appendix D). The constant of a tensor with
+    biases counts as an input.
+
+    Raises:
+        ValueError: if a number is not between 1 and the size of its side.
+    """
+    n_outputs = tensor.d_out if n_outputs is None else n_outputs
+    coords = tensor.left.shape[1]
+    if not 1 <= n_inputs <= coords:
+        raise ValueError(f"n_inputs={n_inputs} must be between 1 and {coords}.")
+    precise = BilinearTensor(
+        tensor.left.double(), tensor.right.double(), tensor.down.double(), tensor.affine
+    )
+    inputs = Spectrum.of(precise.input_gram()).top(n_inputs).vectors.to(tensor.left)
+    outputs = precise.hosvd(n_outputs).directions.to(tensor.left)
+    return BilinearTensor(
+        tensor.left @ inputs @ inputs.mT,
+        tensor.right @ inputs @ inputs.mT,
+        outputs.mT @ outputs @ tensor.down,
+        tensor.affine,
     )
 
 

@@ -17,7 +17,7 @@ def smoothness(
 ) -> Float[Tensor, "*batch"]:
     """Correlation between neighbouring pixels, across and down (Moran's I around 0).
 
-    0 for white noise, towards 1 for smooth patterns.
+    0 for white noise, about 1 for smooth patterns (a little more where the border is empty).
 
     Raises:
         ValueError: if the vectors are no images of `shape` = (channels, height, width), or one is

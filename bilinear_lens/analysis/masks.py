@@ -7,22 +7,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilinear_lens.analysis.checks import check_inputs, check_labels
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
 
 
 def adversarial_masks(
-    spectrum: Spectrum, *, k: int = 10, where: Tensor | None = None
+    spectrum: Spectrum, *, k: int = 1, where: Tensor | None = None
 ) -> Float[Tensor, "n_classes k d_in"]:
     """For each class's top k positive eigenvectors, the input that excites that one alone.
 
     Rows of the pseudo-inverse of all classes' eigenvectors stacked (arXiv 2410.08417, section 4.4
-    and appendix G): adding one moves its own projection, and none of the other 10 k - 1.
+    and appendix G): adding one moves its own projection, and none of the others'. That costs
+    strength: the more eigenvectors a mask must spare, the more of it lies where images do not.
     A mask's sign is that of a positive sum of its eigenvector: pixels are not negative, so images
     mostly project on that side.
 
     Args:
-        spectrum: of all classes, `[n_classes, k]`, without biases.
+        spectrum: of all classes, `[n_classes, k]`, without biases (`tensor.quadratic()` leaves
+            them out).
         where: pixels that a mask may use (bool, `[d_in]`), such as an edge; by default all.
 
     Returns:
@@ -33,7 +36,10 @@ def adversarial_masks(
             `where` is no choice of pixels, or the eigenvectors are linearly dependent there.
     """
     if spectrum.affine or spectrum.values.ndim != 2:
-        raise ValueError("Masks need the spectrum of all classes of a model without biases.")
+        raise ValueError(
+            "Masks need the spectrum of all classes, without biases or residual connections: "
+            "tensor.quadratic().eigh(torch.eye(n_classes))."
+        )
     values, order = spectrum.values.sort(dim=-1, descending=True)
     if k < 1 or k > spectrum.k or (values[:, k - 1] <= 0).any():
         raise ValueError(
@@ -77,6 +83,8 @@ def masked_predictions(
 ) -> pd.DataFrame:
     """What masks do to a classifier, beside the same masks with their pixels shuffled.
 
+    Pixels that no mask uses stay out of the shuffle.
+
     Args:
         tensor: the classifier, from pixels to logits.
         masks: of `adversarial_masks`.
@@ -96,10 +104,9 @@ def masked_predictions(
         raise ValueError(
             f"masks {list(masks.shape)} must be [{tensor.d_out}, k, {tensor.d_in}] for this tensor."
         )
-    if len(labels) != len(inputs):
-        raise ValueError(f"There are {len(inputs)} inputs and {len(labels)} labels: one for each.")
-    if not inputs.isfinite().all():
-        raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
+    check_inputs(inputs, d_in)
+    check_labels(labels, len(inputs), n_classes)
+    used = masks.flatten(0, 1).any(0).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for c in range(n_classes):
@@ -107,7 +114,8 @@ def masked_predictions(
         if not others.any():
             raise ValueError(f"All images are of class {c}: none can be taken for it wrongly.")
         for i in range(k):
-            shuffled = masks[c, i][torch.randperm(d_in, generator=generator)]
+            shuffled = masks[c, i].clone()
+            shuffled[used] = shuffled[used[torch.randperm(len(used), generator=generator)]]
             for kind, mask in (("weights", masks[c, i]), ("shuffled", shuffled)):
                 for size in sizes:
                     predictions = tensor(inputs + size * mask).argmax(-1)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilinear_lens.analysis.checks import check_inputs, check_labels
 from bilinear_lens.analysis.whitening import whiten
 from bilinear_lens.spectrum import Spectrum, coordinates
 from bilinear_lens.tensor import BilinearTensor
@@ -48,7 +49,7 @@ def mean_activations(
     Raises:
         ValueError: if there are no inputs, or they are of another size or hold NaN.
     """
-    _check(inputs)
+    check_inputs(inputs, spectrum.d_in)
     sums = [spectrum.activations(batch).sum(0) for batch in inputs.split(1024)]
     return torch.stack(sums).sum(0) / len(inputs)
 
@@ -111,9 +112,8 @@ def truncation_curve(
         ValueError: if the spectrum is not of several classes, a k is not in 1..k, `labels` or
             `rest` do not fit, or the inputs hold NaN.
     """
-    if len(labels) != len(inputs):
-        raise ValueError(f"There are {len(inputs)} inputs and {len(labels)} labels: one for each.")
     logits = _kept(spectrum, inputs, ks)
+    check_labels(labels, len(inputs), logits.shape[-1])
     if rest is not None:
         if rest.shape != spectrum.values.shape:
             raise ValueError(
@@ -196,7 +196,7 @@ def _kept(
         raise ValueError(
             f"ks={list(ks)} must be numbers between 1 and the {spectrum.k} eigenpairs there are."
         )
-    _check(inputs)
+    check_inputs(inputs, spectrum.d_in)
     columns = torch.tensor([*ks, spectrum.k], device=spectrum.values.device) - 1
     logits = spectrum.values.new_empty(
         len(columns), len(inputs), len(spectrum.values), dtype=torch.float64
@@ -205,13 +205,6 @@ def _kept(
         activations = Spectrum(values, vectors, spectrum.affine).activations(inputs)
         logits[:, :, c] = activations.double().cumsum(-1)[:, columns].mT
     return logits
-
-
-def _check(inputs: Tensor) -> None:
-    if not len(inputs):
-        raise ValueError("There are no inputs.")
-    if not inputs.isfinite().all():
-        raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
 
 
 def _reordered(spectrum: Spectrum, order: Int[Tensor, "*batch k"]) -> Spectrum:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilinear_lens.analysis.checks import check_inputs
 from bilinear_lens.spectrum import coordinates
 from bilinear_lens.tensor import BilinearTensor
 
@@ -35,10 +36,9 @@ def whiten(
     """
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be positive.")
+    check_inputs(inputs, tensor.d_in)
     if not inputs.any():
-        raise ValueError(f"The inputs {list(inputs.shape)} are none, or all zero.")
-    if not inputs.isfinite().all():
-        raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
+        raise ValueError(f"The inputs {list(inputs.shape)} are all zero.")
     x = coordinates(inputs, tensor.d_in, tensor.affine).double()
     moments = x.mT @ x / len(x)
     moments.diagonal().add_(ridge * moments.diagonal().mean())

@@ -77,6 +77,8 @@ def load_checkpoint(
     """
     folder, on_hub = _folder(name_or_path, revision)
     config = _read_config(folder)
+    if config.get("architecture") == CLASSIFIER:
+        raise ValueError(f"{folder} holds a {CLASSIFIER}: load it with {CLASSIFIER}.")
     shards = _check_weight_files(folder)
     if "model_type" in config:
         model = _load_hugging_face(folder, config, dtype)

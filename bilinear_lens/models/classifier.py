@@ -7,9 +7,8 @@
 """
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import operator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,163 +22,11 @@ from transformer_lens.hook_points import HookPoint
 
 from bilinear_lens.models.checkpoints import CLASSIFIER, classifier_files, write_folder
 from bilinear_lens.models.fitting import FitRecipe, check_targets, fit
+from bilinear_lens.models.layers import BilinearBlock, ClassifierConfig, Embed, Unembed
 from bilinear_lens.tensor import BilinearTensor
 
 PIXEL_SLACK = 1e-3
 """How far past 0 and 1 rounding may bring a pixel."""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The shape of a classifier.
-
-    Raises:
-        ValueError: if a size is no positive integer, or there is not one label for each class.
-    """
-
-    input_shape: tuple[int, ...]
-    """`(channels, height, width)` of images, `(n,)` of vectors."""
-    n_classes: int
-    """Outputs: the classes of images, the targets of a toy."""
-    d_model: int = 300
-    d_mlp: int | None = None
-    """Products a layer computes. None: as many as d_model, and they are what the layer writes
-    (`W_out` is the identity and not trained), as in arXiv 2410.08417, section 4."""
-    n_layers: int = 1
-    residual: bool = False
-    """Whether a layer adds to its input instead of replacing it."""
-    bias: bool = False
-    """Whether layers have biases."""
-    labels: tuple[str, ...] = ()
-    """A name for each class; by default their numbers."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.input_shape, Sequence):
-            raise ValueError(
-                f"input_shape={self.input_shape!r} must be (channels, height, width) or (n,)."
-            )
-        object.__setattr__(self, "input_shape", tuple(self.input_shape))
-        sizes = {
-            "input_shape": self.input_shape,
-            "n_classes": (self.n_classes,),
-            "d_model": (self.d_model,),
-            "d_mlp": () if self.d_mlp is None else (self.d_mlp,),
-            "n_layers": (self.n_layers,),
-        }
-        wrong = [
-            name
-            for name, given in sizes.items()
-            if not all(isinstance(size, int) and size >= 1 for size in given)
-        ]
-        if wrong or not self.input_shape:
-            raise ValueError(
-                f"{wrong or ['input_shape']} must be integers of at least 1: {asdict(self)}."
-            )
-        labels = tuple(map(str, self.labels or range(self.n_classes)))
-        object.__setattr__(self, "labels", labels)
-        if len(labels) != self.n_classes or len(set(labels)) != len(labels):
-            raise ValueError(
-                f"labels {labels} must be {self.n_classes} different names: one for each class."
-            )
-
-    @property
-    def d_in(self) -> int:
-        """Numbers in an input."""
-        return math.prod(self.input_shape)
-
-
-class BilinearMLP(nn.Module):
-    """`W_out^T ((W_gate^T x + b_gate) * (W_in^T x + b_in)) + b_out`, hooked as in TransformerLens.
-
-    Without `d_mlp`, `W_out` is the identity.
-    """
-
-    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        d_mlp = cfg.d_mlp or cfg.d_model
-        self.W_gate = _uniform(cfg.d_model, d_mlp, generator=generator)
-        self.W_in = _uniform(cfg.d_model, d_mlp, generator=generator)
-        self.W_out: Tensor
-        if cfg.d_mlp is None:
-            self.register_buffer("W_out", torch.eye(d_mlp), persistent=False)
-        else:
-            self.W_out = _uniform(d_mlp, cfg.d_model, generator=generator)
-        self.b_gate = nn.Parameter(torch.zeros(d_mlp)) if cfg.bias else None
-        self.b_in = nn.Parameter(torch.zeros(d_mlp)) if cfg.bias else None
-        self.b_out = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.bias else None
-        self.hook_in = HookPoint()
-        self.hook_pre = HookPoint()
-        self.hook_pre_linear = HookPoint()
-        self.hook_post = HookPoint()
-        self.hook_out = HookPoint()
-
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        x = self.hook_in(x)
-        gate, linear = x @ self.W_gate, x @ self.W_in
-        if self.b_gate is not None and self.b_in is not None:
-            gate, linear = gate + self.b_gate, linear + self.b_in
-        out = self.hook_post(self.hook_pre(gate) * self.hook_pre_linear(linear))
-        if isinstance(self.W_out, nn.Parameter):
-            out = out @ self.W_out
-        return self.hook_out(out if self.b_out is None else out + self.b_out)
-
-    def bilinear_tensor(self) -> BilinearTensor:
-        """What the layer computes, from `hook_in` to `hook_out`."""
-        left_bias, right_bias, down_bias = (
-            None if bias is None else bias.detach() for bias in (self.b_gate, self.b_in, self.b_out)
-        )
-        return BilinearTensor.with_biases(
-            self.W_gate.detach().mT,
-            self.W_in.detach().mT,
-            self.W_out.detach().mT,
-            left_bias=left_bias,
-            right_bias=right_bias,
-            down_bias=down_bias,
-        )
-
-
-class BilinearBlock(nn.Module):
-    """A layer: its MLP's output, added to its input if the model is residual."""
-
-    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        self.residual = cfg.residual
-        self.mlp = BilinearMLP(cfg, generator)
-        self.hook_resid_pre = HookPoint()
-        self.hook_mlp_out = HookPoint()
-        self.hook_resid_post = HookPoint()
-
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        x = self.hook_resid_pre(x)
-        out = self.hook_mlp_out(self.mlp(x))
-        return self.hook_resid_post(x + out if self.residual else out)
-
-    def tensor(self) -> BilinearTensor:
-        """What the layer computes, from `hook_resid_pre` to `hook_resid_post`."""
-        mlp = self.mlp.bilinear_tensor()
-        return mlp.with_linear(torch.eye(mlp.d_in)) if self.residual else mlp
-
-
-class Embed(nn.Module):
-    """`x W_E`: pixels to the residual stream."""
-
-    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        self.W_E = _uniform(cfg.d_in, cfg.d_model, generator=generator)
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_model"]:
-        return x @ self.W_E
-
-
-class Unembed(nn.Module):
-    """`x W_U`: the residual stream to logits."""
-
-    def __init__(self, cfg: ClassifierConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        self.W_U = _uniform(cfg.d_model, cfg.n_classes, generator=generator)
-
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_classes"]:
-        return x @ self.W_U
 
 
 class HookedBilinearClassifier(HookedRootModule):
@@ -243,7 +90,7 @@ class HookedBilinearClassifier(HookedRootModule):
             model.load_state_dict(weights)
         except (TypeError, KeyError, RuntimeError) as error:
             raise ValueError(
-                f"The weights of {name_or_path} contradict its config: {error}"
+                f"Config and weights of {name_or_path} do not fit each other: {error}"
             ) from error
         return model
 
@@ -356,14 +203,24 @@ class HookedBilinearClassifier(HookedRootModule):
                 f"[n, {self.cfg.d_in}]."
             )
         check_targets(x, targets, self.cfg.n_classes, every_class=every_class)
+        self.check_pixels(x)
+        dtype = torch.float32 if targets.is_floating_point() else torch.int64
+        return x, targets.to(self.W_E.device, dtype)
+
+    def check_pixels(self, x: Float[Tensor, "*batch d_in"]) -> None:
+        """Refuse images with pixels that are NaN or not from 0 to 1; vectors may have any numbers.
+
+        Raises:
+            ValueError: if `x` has such a pixel.
+        """
+        if not x.isfinite().all():
+            raise ValueError("The input holds NaN or infinite pixels: remove or repair those.")
         is_image = len(self.cfg.input_shape) == 3
         if is_image and (x.min() < -PIXEL_SLACK or x.max() > 1 + PIXEL_SLACK):
             raise ValueError(
                 f"Pixels run from {x.min():.3g} to {x.max():.3g}: give them from 0 to 1 "
                 "(bytes / 255)."
             )
-        dtype = torch.float32 if targets.is_floating_point() else torch.int64
-        return x, targets.to(self.W_E.device, dtype)
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Integer[Tensor, " n"]) -> float:
@@ -455,10 +312,12 @@ class HookedBilinearClassifier(HookedRootModule):
         Raises:
             ValueError: if there is no such class.
         """
-        if isinstance(label, int) and 0 <= label < self.cfg.n_classes:
-            return label
         if label in self.cfg.labels:
             return self.cfg.labels.index(label)  # pyright: ignore[reportArgumentType]
+        if not isinstance(label, str) and 0 <= (number := operator.index(label)) < len(
+            self.cfg.labels
+        ):
+            return number
         raise ValueError(f"There is no class {label!r}; the classes are {list(self.cfg.labels)}.")
 
     @property
@@ -481,12 +340,19 @@ class HookedBilinearClassifier(HookedRootModule):
     def W_out(self) -> Float[Tensor, "n_layers d_mlp d_model"]:
         return self._stacked("W_out")
 
+    @property
+    def b_gate(self) -> Float[Tensor, "n_layers d_mlp"]:
+        return self._stacked("b_gate")
+
+    @property
+    def b_in(self) -> Float[Tensor, "n_layers d_mlp"]:
+        return self._stacked("b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "n_layers d_model"]:
+        return self._stacked("b_out")
+
     def _stacked(self, name: str) -> Tensor:
+        if getattr(self.blocks[0].mlp, name) is None:
+            raise ValueError(f"This model has no {name}: it was made with bias=False.")
         return torch.stack([getattr(block.mlp, name) for block in self.blocks])
-
-
-def _uniform(d_in: int, d_out: int, *, generator: torch.Generator) -> nn.Parameter:
-    """As `nn.Linear` starts its weights."""
-    return nn.Parameter(
-        torch.empty(d_in, d_out).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
-    )

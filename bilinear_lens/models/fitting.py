@@ -16,6 +16,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
 
+VANISHED = 1e-10
+"""Outputs below this leave gradients that no optimizer can use."""
+
 
 @dataclass(frozen=True)
 class FitRecipe:
@@ -26,7 +29,8 @@ class FitRecipe:
     """
 
     epochs: int = 20
-    batch_size: int = 2048
+    batch_size: int | None = None
+    """By default 2048, or a twentieth of the inputs where those are few."""
     learning_rate: float = 1e-3
     """The highest: it falls to 0 by a cosine."""
     weight_decay: float = 1.0
@@ -50,6 +54,8 @@ class FitRecipe:
         wrong = {}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             lowest = 1 if name in ("epochs", "batch_size") else 0
             highest = 1 if name in ("dropout", "salt_and_pepper") else math.inf
             kind = Real if field.type is float else Integral
@@ -82,24 +88,31 @@ def fit(
         See `HookedBilinearClassifier.fit`.
 
     Raises:
-        ValueError: if the loss is no finite number any more.
+        ValueError: if the outputs vanish, or the loss is no finite number any more.
     """
     x, targets = data
+    with torch.no_grad():
+        if model(x[: 2**10]).abs().max() < VANISHED:
+            raise ValueError(
+                "The model's outputs vanish, so nothing can be learned: each layer squares the "
+                "scale of what it reads. Take fewer layers, or residual=True."
+            )
     generator = torch.Generator(x.device).manual_seed(recipe.seed)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    steps = recipe.epochs * -(-len(x) // recipe.batch_size)
+    batch_size = recipe.batch_size or max(1, min(2048, len(x) // 20))
+    steps = recipe.epochs * -(-len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     hooks = _regularisers(recipe, reads, generator)
     history = []
     with tqdm(total=steps, disable=not progress, desc="Training", unit="step") as bar:
         for epoch in range(1, recipe.epochs + 1):
             order = torch.randperm(len(x), generator=generator, device=x.device)
-            total = _Total()
+            total, before = _Total(), [weight.detach().clone() for weight in parameters]
             with model.hooks(fwd_hooks=hooks):
-                for batch in order.split(recipe.batch_size):
+                for batch in order.split(batch_size):
                     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
                         out = model(_noisy(x[batch], recipe, generator))
                     loss = _loss(out, targets[batch])
@@ -113,9 +126,12 @@ def fit(
                     bar.update()
             row = {"epoch": epoch, **total.means()}
             if not math.isfinite(row["loss"]):
+                with torch.no_grad():
+                    for weight, kept in zip(parameters, before, strict=True):
+                        weight.copy_(kept)
                 raise ValueError(
-                    f"The loss is {row['loss']} in epoch {epoch}, and the weights are spoilt: make "
-                    f"the model again and lower learning_rate={recipe.learning_rate}."
+                    f"The loss is {row['loss']} in epoch {epoch}; the model keeps the weights that "
+                    f"it had before. Lower learning_rate={recipe.learning_rate}."
                 )
             if held_out is not None:
                 row |= {

@@ -18,6 +18,8 @@ def train_vision(
     data: str | Path = "digits",
     model: dict[str, Any],
     recipe: FitRecipe,
+    image_column: str | None = None,
+    label_column: str | None = None,
     command: str | None = None,
 ) -> tuple[HookedBilinearClassifier, float]:
     """Train a classifier on labelled images and save it, with a card that says how it was made.
@@ -27,6 +29,7 @@ def train_vision(
         data: as `load_images` takes it; it must have a "train" and a "test" split.
         model: fields of `ClassifierConfig`; inputs and classes are the data's.
         recipe: its seed is that of the initial weights, too.
+        image_column: as `load_images` takes it, like `label_column`.
         command: what to run to make it again, for the card.
 
     Returns:
@@ -37,7 +40,15 @@ def train_vision(
             before training.
     """
     check_new(out)
-    train, test = load_images(data, "train"), load_images(data, "test")
+    train, test = (
+        load_images(data, split, image_column=image_column, label_column=label_column)
+        for split in ("train", "test")
+    )
+    if test.names != train.names[: len(test.names)]:
+        raise ValueError(
+            f"The classes of the training split are {list(train.names)}, of the test split "
+            f"{list(test.names)}: their numbers would not mean the same."
+        )
     classifier = HookedBilinearClassifier.from_config(
         input_shape=tuple(train.images.shape[1:]),
         n_classes=len(train.names),
@@ -66,7 +77,9 @@ def _card(
     command: str | None,
 ) -> str:
     cfg = model.cfg
-    options = ", ".join(f"{key} {value:g}" for key, value in asdict(recipe).items())
+    options = ", ".join(
+        f"{key} {value:g}" for key, value in asdict(recipe).items() if value is not None
+    )
     made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
     return f"""\
 ---
