@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pandas as pd
@@ -9,11 +10,12 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+import bilinear_lens as bl
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
 from bilinear_lens.views import images, measures
 
-SHAPES = [(1, 5, 7), (3, 2, 5), (7,)]
+SHAPES = [(1, 5, 7), (3, 2, 5), (7,), (5, 7), (2, 5, 7)]
 EVIL = "<b>x</b>"
 
 
@@ -37,6 +39,12 @@ def traces(figure: go.Figure, kind: str) -> list[dict]:
 def pictures(figure: go.Figure) -> list[dict]:
     """Traces of pictures: all that have a place in a grid."""
     return [trace for trace in figure.to_plotly_json()["data"] if "x0" in trace]
+
+
+def drawn(vector: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Rows of a picture that is not in colour: its channels side by side."""
+    rows, width = (1, *shape)[-2:]
+    return torch.cat([*vector.reshape(-1, rows, width)], dim=1)
 
 
 def captions(figure: go.Figure) -> list[str]:
@@ -102,7 +110,7 @@ def test_eigenvectors_stand_in_a_row_for_each_class(shape, affine):
         colours = (127.5 + 127.5 * last / last.abs().max()).round().reshape(shape)
         assert torch.equal(torch.tensor(shown[-1]["z"]), colours.permute(1, 2, 0).int().long())
     else:
-        assert close(shown[-1]["z"], last.reshape(shape[-2] if len(shape) == 3 else 1, -1))
+        assert close(shown[-1]["z"], drawn(last, shape))
         assert shown[-1]["zmax"] == -shown[-1]["zmin"] == pytest.approx(last.abs().max().item())
 
 
@@ -111,7 +119,8 @@ def test_a_picture_fills_its_frame_row_after_row_downwards(shape):
     figure = images.pictures(
         random(5, size_of(shape)), shape=shape, labels=list("abcde"), signed=True, columns=2
     )
-    height, width = (1, *shape)[-2:] if len(shape) == 1 else shape[1:]
+    height, width = (1, *shape)[-2:]
+    width *= 2 if shape[0] == 2 else 1
     for number, (trace, frame) in enumerate(
         zip(pictures(figure), figure.layout.shapes, strict=True)
     ):
@@ -121,7 +130,7 @@ def test_a_picture_fills_its_frame_row_after_row_downwards(shape):
         assert top + height * trace["dy"] == pytest.approx(frame.y1)
         assert (frame.x0 + frame.x1) / 2 == pytest.approx(number % 2)
         assert frame.yref == ["y", "y2", "y3"][number // 2]
-        if len(shape) == 3:
+        if len(shape) > 1:
             assert trace["dx"] == pytest.approx(trace["dy"])
     first, last = figure.layout.yaxis, figure.layout.yaxis3
     assert first.domain[0] > last.domain[1] and first.range[0] > first.range[1] == 0
@@ -180,6 +189,7 @@ def test_an_explanation_shows_what_adds_up_to_each_logit(explained):
     assert close(picture["z"], image.view(2, 5)) and (picture["zmin"], picture["zmax"]) == (0, 1)
     assert close(first["z"], spectrum.vectors[0, :-1, 2].view(2, 5))
     assert close(others[-1]["z"], spectrum.vectors[1, :-1, 3].view(2, 5))
+    assert len(figure.layout.shapes) == len(pictures(figure)) == 4
     assert [trace["yaxis"] for trace in (first, *others)] == ["y3", "y4", "y4"]
     assert "value +3, projection \N{MINUS SIGN}1.5, activation +6.75, constant" in first["name"]
     rows = [figure.layout.yaxis3.ticktext[0], figure.layout.yaxis4.ticktext[0]]
@@ -229,7 +239,7 @@ def test_atoms_stand_by_norm_over_their_weights(shape, affine):
         assert ("constant" in shown[2 * row]["name"]) == affine
         if shape[0] != 3:
             pixels = torch.tensor(shown[2 * row]["z"]).flatten()
-            pattern = vectors[: len(pixels), pair]
+            pattern = drawn(vectors[: len(pixels), pair], shape).flatten()
             assert (pixels @ pattern).abs() == pytest.approx((pattern @ pattern).item(), rel=0.01)
 
 
@@ -259,6 +269,24 @@ def test_truncation_shows_a_line_and_a_band_for_each_order(curves):
     assert len(traces(measures.truncation(many), "scatter")) == 14
 
 
+def test_a_truncation_curve_is_drawn_as_it_is_measured():
+    inputs = random(20, 5)
+    curve = bl.truncation_curve(spectra(3, 5), inputs, torch.arange(20) % 3, ks=[1, 2, 5])
+    (line,) = traces(measures.truncation(curve, y="agreement"), "scatter")
+    assert (line["name"], line["x"]) == ("agreement", [1, 2, 5])
+    assert line["y"] == curve["agreement"].tolist()
+    assert "customdata" not in line
+    assert line["hovertemplate"] == "%{fullData.name}, k = %{x}: %{y:.4g}<extra></extra>"
+
+
+def test_orders_need_no_intervals_and_intervals_no_order(curves):
+    plain = traces(measures.truncation(curves[["order", "k", "lost"]]), "scatter")
+    assert [line["name"] for line in plain] == ["eigenvectors", "&lt;b&gt;x&lt;/b&gt;"]
+    band, line = traces(measures.truncation(curves.head(4).drop(columns="order")), "scatter")
+    assert (band["fill"], line["name"]) == ("toself", "lost")
+    assert line["customdata"][1] == [0.25, 1.0]
+
+
 def test_the_trade_off_has_error_bars_both_ways(points):
     figure = measures.trade_off(points)
     noise, other = traces(figure, "scatter")
@@ -272,6 +300,20 @@ def test_the_trade_off_has_error_bars_both_ways(points):
     assert measures.trade_off(points.assign(lost_low=0.0)).layout.yaxis.type is None
 
 
+def test_a_trade_off_needs_no_more_than_two_measures(points):
+    figure = measures.trade_off(points[["accuracy", "lost"]])
+    (both,) = traces(figure, "scatter")
+    assert (both["name"], both["x"], both["y"]) == ("lost", [0.9, 0.7], [0.5, 0.125])
+    assert not {"error_x", "error_y", "hovertext"} & set(both)
+    assert both["hovertemplate"] == "accuracy %{x:.4g}, accuracy lost %{y:.4g}<extra></extra>"
+    assert figure.layout.yaxis.type == "log"
+    one_way = points.drop(columns=["accuracy_low", "accuracy_high", "label"])
+    noise, _ = traces(measures.trade_off(one_way), "scatter")
+    assert "error_x" not in noise and noise["error_y"]["array"] == [0.25]
+    zero = points[["accuracy", "lost"]].assign(lost=[0.0, 0.5])
+    assert measures.trade_off(zero).layout.yaxis.type is None
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_real_pictures_are_grey_or_coloured_between_0_and_1(shape):
     pixels = torch.linspace(-0.5, 1, size_of(shape)).expand(3, -1)
@@ -283,7 +325,59 @@ def test_real_pictures_are_grey_or_coloured_between_0_and_1(shape):
         assert shown[2]["z"][-1][-1][-1] == 255
     else:
         assert (shown[2]["zmin"], shown[2]["zmax"]) == (0, 1)
-        assert close(shown[2]["z"][-1], pixels[0].view(-1, 7)[-1])
+        assert close(shown[2]["z"][-1], drawn(pixels[0], shape)[-1])
+
+
+def test_channels_that_are_no_colours_stand_side_by_side():
+    for channels in (2, 4, 8):
+        pixels = torch.arange(channels * 4.0)
+        figure = images.pictures(pixels[None], shape=(channels, 2, 2), labels=["a"], signed=True)
+        (picture,) = pictures(figure)
+        starts = range(0, 4 * channels, 4)
+        assert picture["type"] == "heatmap"
+        assert picture["z"] == [
+            [pixel for start in starts for pixel in (start, start + 1)],
+            [pixel for start in starts for pixel in (start + 2, start + 3)],
+        ]
+
+
+def test_rows_and_columns_alone_are_one_grey_channel():
+    flat, grey = (
+        images.pictures(random(2, 6), shape=shape, labels=["a", "b"], signed=False)
+        for shape in ((3, 2), (1, 3, 2))
+    )
+    assert flat.to_plotly_json() == grey.to_plotly_json()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 1, 2)])
+def test_many_pictures_take_no_more_calls_than_few(shape, monkeypatch):
+    calls = Counter()
+
+    def count(name: str, method: Callable) -> Callable:
+        return lambda *args, **kwargs: (calls.update([name]), method(*args, **kwargs))[1]
+
+    for name in dir(go.Figure):
+        if name.startswith(("add_", "update_")):
+            monkeypatch.setattr(go.Figure, name, count(name, getattr(go.Figure, name)))
+
+    def calls_of(draw: Callable[[int], go.Figure], n: int) -> Counter:
+        calls.clear()
+        draw(n)
+        return calls.copy()
+
+    size = size_of(shape)
+    vectors = random(40, size)
+    for draw in (
+        lambda n: images.eigenvectors(spectra(n, size), shape=shape),
+        lambda n: images.pictures(vectors[:n], shape=shape, labels=["x"] * n, signed=True),
+        lambda n: images.atoms(
+            BilinearTensor(vectors[:n], vectors[:n], torch.ones(2, n)),
+            shape=shape,
+            labels=["a"] * 2,
+        ),
+    ):
+        few, many = calls_of(draw, 1), calls_of(draw, 40)
+        assert few == many and few["add_traces"]
 
 
 def test_a_hundred_pictures_stay_light():
@@ -318,8 +412,9 @@ NAN = Spectrum(torch.tensor([torch.nan, -2.0]), torch.eye(7)[:, :2])
     ("call", "words"),
     [
         (lambda: images.eigenvectors(ONE, shape=(1, 2, 3)), "asks for 6 numbers, but eigenvectors"),
-        (lambda: images.eigenvectors(ONE, shape=(7, 1)), "shape=(7, 1) must be"),
-        (lambda: images.eigenvectors(ONE, shape=(2, 5, 7)), "shape=(2, 5, 7) must be"),
+        (lambda: images.eigenvectors(ONE, shape=()), "shape=() must be"),
+        (lambda: images.eigenvectors(ONE, shape=(1, 1, 7, 1)), "shape=(1, 1, 7, 1) must be"),
+        (lambda: images.eigenvectors(ONE, shape=(2, 5, 7)), "shape=(2, 5, 7) asks for 70"),
         (lambda: images.eigenvectors(ONE, shape=(1, -7, -1)), "(1, -7, -1) must be"),
         (lambda: images.eigenvectors(ONE, shape=(7,), k=0), "k=0"),
         (lambda: images.eigenvectors(ONE, shape=(7,), labels=["a", "b"]), "2 labels for 1"),

@@ -29,8 +29,10 @@ def check_vectors(images: Tensor, shape: Sequence[int], name: str) -> None:
 
 
 def check_size(size: int, shape: Sequence[int], name: str) -> None:
-    if len(shape) not in (1, 3) or min(shape) < 1 or (len(shape) == 3 and shape[0] not in (1, 3)):
-        raise ValueError(f"shape={tuple(shape)} must be (1, h, w) grey, (3, h, w) RGB or (n,).")
+    if len(shape) not in (1, 2, 3) or min(shape) < 1:
+        raise ValueError(
+            f"shape={tuple(shape)} must be (channels, h, w), (h, w) or (n,), each at least 1."
+        )
     if math.prod(shape) != size:
         raise ValueError(
             f"shape={tuple(shape)} asks for {math.prod(shape)} numbers, but {name} have {size} "

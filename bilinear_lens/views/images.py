@@ -1,7 +1,9 @@
 """Plotly figures of pictures: eigenvectors, atoms and images, legible on light and dark pages.
 
-- an image is a vector of pixels with a shape: `(1, h, w)` grey, `(3, h, w)` RGB, or `(n,)` a plain
-  vector, drawn as one row of cells
+- an image is a vector of pixels with a shape: `(h, w)` or `(1, h, w)` grey, `(3, h, w)` RGB, or
+  `(n,)` a plain vector, drawn as one row of cells
+- any other number of channels, `(c, h, w)`, is one grey picture `c * w` wide: the channels side by
+  side in their order, with nothing between them
 - what has a sign is blue above 0, vermilion below and the page's own colour at 0; in RGB, 0 is mid
   grey. Each such picture has a scale of its own
 - the constant coordinate of an affine spectrum or tensor is no pixel: it stands in the hover text
@@ -65,13 +67,13 @@ def eigenvectors(
     columns = min(k, spectrum.k)
     figure = style.figure(title)
     bands = stack(figure, title, [row_height(shape, columns)] * len(values))
-    grid = Grid(figure, shape, bands, columns=columns, labels=labels)
+    grid = Grid(shape, bands, columns=columns, labels=labels)
     for row, label in enumerate(labels):
         for rank in range(columns):
             value = signed_text(values[row, rank].item())
             hover = f"{label} eigenvector {rank}: {value}".strip()
             grid.add(vectors[row, :, rank], row, rank, value, hover, affine=spectrum.affine)
-    return figure
+    return grid.draw(figure)
 
 
 def class_spectrum(
@@ -122,14 +124,14 @@ def class_spectrum(
     shown = max(1, *(sum(abs(values[rank]) >= least for rank in each) for each in signs.values()))
     figure.update_xaxes(domain=(0, 0.4), range=(-0.5, shown - 0.5), nticks=min(shown + 1, 6))
     figure.update_layout(barmode="overlay", bargap=0.1)
-    grid = Grid(figure, shape, bands, columns=columns, x=2, y=2, width=(0.46, 1.0))
+    grid = Grid(shape, bands, columns=columns, x=2, y=2, width=(0.46, 1.0))
     for row, ranks in enumerate(rows):
         for column, rank in enumerate(ranks):
             value = signed_text(values[rank])
             hover = f"eigenvector {rank}: {value}"
             vector = spectrum.vectors[:, rank]
             grid.add(vector, row, column, value, hover, affine=spectrum.affine)
-    return figure
+    return grid.draw(figure)
 
 
 def explanation(
@@ -208,11 +210,12 @@ def explanation(
     figure.update_xaxes(title={"text": "logit", "standoff": 4, "font": {"size": 12}})
     figure.update_yaxes(**_ticks(logits.index), domain=top, autorange="reversed", showgrid=False)
     figure.update_layout(bargap=0.25)
-    corner = Grid(figure, shape, [top], columns=1, x=2, y=2, width=(0.72, 1.0))
+    corner = Grid(shape, [top], columns=1, x=2, y=2, width=(0.72, 1.0))
     corner.add(image, 0, 0, "", "image", signed=False)
+    corner.draw(figure)
     logit_of = dict(zip(logits.index, logits.tolist(), strict=True))
     labels = [f"{label}  {signed_text(logit_of[label])}" for label in classes]
-    grid = Grid(figure, shape, bands, columns=columns, labels=labels, x=3, y=3)
+    grid = Grid(shape, bands, columns=columns, labels=labels, x=3, y=3)
     for entry, label in enumerate(classes):
         for column, row in enumerate(fired[label]):
             rank = int(row["eigenvector"])
@@ -223,7 +226,7 @@ def explanation(
         if rest[label]:
             grid.write(signed_text(sum(rest[label])), entry, columns - 1)
             grid.write("rest", entry, columns - 1, side="top")
-    return figure
+    return grid.draw(figure)
 
 
 def atoms(
@@ -265,12 +268,13 @@ def atoms(
         ("l \N{MINUS SIGN} r", normalize(left - right, dim=1), (cosine - 1) / 2),
     )
     names = [name for name, _, _ in parts]
-    grid = Grid(figure, shape, bands, columns=len(order), labels=names)
+    grid = Grid(shape, bands, columns=len(order), labels=names)
     for row, (name, patterns, values) in enumerate(parts):
         for column, atom in enumerate(order):
             value = signed_text(values[atom].item(), digits=2)
             hover = f"atom {atom}, {name}: {value}"
             grid.add(patterns[atom], row, column, value, hover, affine=tensor.affine)
+    grid.draw(figure)
     shown = weights[:, order]
     bound = shown.abs().max().item() or 1.0
     figure.add_heatmap(
@@ -325,10 +329,10 @@ def pictures(
     columns = min(columns, len(images))
     figure = style.figure(title)
     bands = stack(figure, title, [row_height(shape, columns)] * math.ceil(len(images) / columns))
-    grid = Grid(figure, shape, bands, columns=columns)
+    grid = Grid(shape, bands, columns=columns)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         grid.add(image, *divmod(number, columns), label, label, signed=signed)
-    return figure
+    return grid.draw(figure)
 
 
 def _ticks(names: Iterable[object]) -> dict:

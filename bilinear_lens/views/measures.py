@@ -1,5 +1,6 @@
 """Plotly figures of measures: what truncation costs, and one measure against another."""
 
+from collections.abc import Hashable, Iterable
 from itertools import cycle
 
 import pandas as pd
@@ -26,46 +27,51 @@ def truncation(curves: pd.DataFrame, *, y: str = "lost", title: str | None = Non
     """What keeping `k` parts costs, a line with its interval for each order of taking them.
 
     Args:
-        curves: columns `order` (the name of a line), `k`, and for the measure y `y`, `y_low` and
-            `y_high`.
-        y: the measure.
+        curves: columns `k` and that of the measure, as `bl.truncation_curve` returns; if there are
+            several lines, `order` (the name of each), and if they have intervals, both `y_low` and
+            `y_high` for a measure `y`.
+        y: the measure; it names the line where there is no `order`.
 
     Raises:
         ValueError: if a column is missing, there are no rows, a number is not finite, or a `k` is
             less than 1 (its axis is logarithmic).
     """
-    low, high = f"{y}_low", f"{y}_high"
-    check_columns(curves, ["order", "k", y, low, high], "curves")
-    check_finite(curves[["k", y, low, high]], "curves")
+    bounds = _bounds(curves, y)
+    check_columns(curves, ["k", y, *bounds], "curves")
+    check_finite(curves[["k", y, *bounds]], "curves")
     check_k(min(curves["k"]))
+    hover = "%{fullData.name}, k = %{x}: %{y:.4g}"
+    if bounds:
+        hover += " (%{customdata[0]:.4g} to %{customdata[1]:.4g})"
     figure = style.figure(title, x="k", y=escaped(_AXIS_TITLES.get(y, y)))
-    groups = curves.sort_values("k").groupby("order", sort=False)
+    groups = _groups(curves.sort_values("k"), "order", y)
     for (order, rows), (colour, dash, symbol) in zip(groups, cycle(_MARKS)):
         name = escaped(order)
         x = rows["k"].tolist()
-        figure.add_scatter(
-            name=f"{name} interval",
-            x=x + x[::-1],
-            y=rows[high].tolist() + rows[low].tolist()[::-1],
-            mode="lines",
-            fill="toself",
-            fillcolor=rgba(colour, 0.18),
-            line={"width": 0},
-            legendgroup=name,
-            showlegend=False,
-            hoverinfo="skip",
-        )
+        if bounds:
+            low, high = bounds
+            figure.add_scatter(
+                name=f"{name} interval",
+                x=x + x[::-1],
+                y=rows[high].tolist() + rows[low].tolist()[::-1],
+                mode="lines",
+                fill="toself",
+                fillcolor=rgba(colour, 0.18),
+                line={"width": 0},
+                legendgroup=name,
+                showlegend=False,
+                hoverinfo="skip",
+            )
         figure.add_scatter(
             name=name,
             x=x,
             y=rows[y].tolist(),
-            customdata=rows[[low, high]].to_numpy().tolist(),
+            customdata=rows[bounds].to_numpy().tolist() if bounds else None,
             mode="lines+markers",
             line={"color": rgba(colour), "dash": dash, "width": 2},
             marker={"symbol": symbol, "size": 7},
             legendgroup=name,
-            hovertemplate="%{fullData.name}, k = %{x}: %{y:.4g} "
-            "(%{customdata[0]:.4g} to %{customdata[1]:.4g})<extra></extra>",
+            hovertemplate=f"{hover}<extra></extra>",
         )
     ticks = []
     for k in sorted(set(curves["k"])):  # those that have room for a label
@@ -78,52 +84,67 @@ def truncation(curves: pd.DataFrame, *, y: str = "lost", title: str | None = Non
 def trade_off(
     points: pd.DataFrame, *, x: str = "accuracy", y: str = "lost", title: str | None = None
 ) -> go.Figure:
-    """Two measures against each other, with the intervals of both.
+    """Two measures against each other, with the intervals that they have.
 
     The y-axis is logarithmic where all of `y` and `y_low` are positive, otherwise linear.
 
     Args:
-        points: columns `group` (colour and symbol), `label` (in the hover text), and for both
-            measures m `m`, `m_low` and `m_high`.
+        points: columns of both measures; if there are any, `group` (colour and symbol), `label` (in
+            the hover text) and, for the interval of a measure `m`, both `m_low` and `m_high`.
         x: the measure on the x-axis.
-        y: the measure on the y-axis.
+        y: the measure on the y-axis; it names the points where there is no `group`.
 
     Raises:
         ValueError: if a column is missing, there are no rows, or a number is not finite.
     """
-    measures = [x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high"]
-    check_columns(points, ["group", "label", *measures], "points")
+    bounds = {"x": _bounds(points, x), "y": _bounds(points, y)}
+    measures = [x, y, *bounds["x"], *bounds["y"]]
+    check_columns(points, measures, "points")
     check_finite(points[measures], "points")
     titles = [escaped(_AXIS_TITLES.get(name, name)) for name in (x, y)]
     figure = style.figure(title, x=titles[0], y=titles[1])
-    groups = points.groupby("group", sort=False)
+    hover = f"{titles[0]} %{{x:.4g}}, {titles[1]} %{{y:.4g}}<extra></extra>"
+    if labelled := "label" in points.columns:
+        hover = f"%{{hovertext}}<br>{hover}"
+    groups = _groups(points, "group", y)
     for (group, rows), (colour, _, symbol) in zip(groups, cycle(_MARKS)):
         bars = {
             f"error_{axis}": {
                 "type": "data",
                 "symmetric": False,
-                "array": (rows[f"{name}_high"] - rows[name]).tolist(),
-                "arrayminus": (rows[name] - rows[f"{name}_low"]).tolist(),
+                "array": (rows[bounds[axis][1]] - rows[name]).tolist(),
+                "arrayminus": (rows[name] - rows[bounds[axis][0]]).tolist(),
                 "color": rgba(colour, 0.5),
                 "thickness": 1.5,
                 "width": 0,
             }
             for axis, name in (("x", x), ("y", y))
+            if bounds[axis]
         }
         figure.add_scatter(
             name=escaped(group),
             x=rows[x].tolist(),
             y=rows[y].tolist(),
-            hovertext=[escaped(label) for label in rows["label"]],
+            hovertext=[escaped(label) for label in rows["label"]] if labelled else None,
             mode="markers",
             marker={"color": rgba(colour), "symbol": symbol, "size": 9},
-            hovertemplate=f"%{{hovertext}}<br>{titles[0]} %{{x:.4g}}, {titles[1]} %{{y:.4g}}"
-            "<extra></extra>",
+            hovertemplate=hover,
             **bars,
         )
-    if min([*points[y], *points[f"{y}_low"]]) > 0:
+    if points[[y, *bounds["y"][:1]]].to_numpy().min() > 0:
         figure.update_yaxes(type="log")
     return _with_legend_below(figure, title)
+
+
+def _bounds(table: pd.DataFrame, measure: str) -> list[str]:
+    """Both columns of a measure's interval, or none where the table has neither."""
+    bounds = [f"{measure}_low", f"{measure}_high"]
+    return bounds if any(bound in table.columns for bound in bounds) else []
+
+
+def _groups(table: pd.DataFrame, column: str, name: str) -> Iterable[tuple[Hashable, pd.DataFrame]]:
+    """Rows by what stands in the column, or all of them under `name` where it is missing."""
+    return table.groupby(column, sort=False) if column in table.columns else [(name, table)]
 
 
 def _with_legend_below(figure: go.Figure, title: str | None) -> go.Figure:
