@@ -10,7 +10,7 @@ import json
 import operator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import pandas as pd
 import torch
@@ -281,7 +281,7 @@ class HookedBilinearClassifier(HookedRootModule):
         return chain
 
     def output_direction(
-        self, label: str | int, contrast: str | int | None = "mean"
+        self, label: str | SupportsIndex, contrast: str | SupportsIndex | None = "mean"
     ) -> Float[Tensor, " d_model"]:
         """The direction in the residual stream that raises a class.
 
@@ -306,7 +306,7 @@ class HookedBilinearClassifier(HookedRootModule):
             )
         return direction
 
-    def class_number(self, label: str | int) -> int:
+    def class_number(self, label: str | SupportsIndex) -> int:
         """The number of a class given by name or number.
 
         Raises:
