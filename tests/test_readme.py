@@ -25,6 +25,28 @@ def test_the_example_prints_what_the_readme_says():
     assert lines == [line.rstrip() for line in blocks("text")[0].splitlines()]
 
 
+def test_the_other_examples_run():
+    _, pictures, *_ = blocks("python")
+    assert "mnist-1l" in pictures
+    code = f"import bilinear_lens as bl\n{pictures}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_classifier_is_as_its_card_says():
+    card = (built_in("mnist-1l") / "README.md").read_text()
+    (row,) = re.findall(r"^`mnist-1l` is .*?\.$", README, re.MULTILINE | re.DOTALL)
+    parameters, accuracy = (
+        re.search(r"([\d,]+)\s+parameters", card),
+        re.search(r"test split: (0\.\d+)", card),
+    )
+    assert parameters and accuracy and parameters[1] in row and accuracy[1] in row
+    model = bl.HookedBilinearClassifier.from_pretrained("mnist-1l")
+    assert sum(weight.numel() for weight in model.parameters()) == int(
+        parameters[1].replace(",", "")
+    )
+
+
 def test_names_and_files_exist():
     for name in set(re.findall(r"`bl\.(\w+)", README)):
         assert name in bl.__all__
