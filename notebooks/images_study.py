@@ -326,7 +326,7 @@ def compare(group: list[Job], others: list[Job], models: Path) -> list[dict]:
     return rows
 
 
-def race(data: Path, *, epochs: int = 5, rounds: int = 5) -> pd.DataFrame:
+def race(data: Path, *, epochs: int = 10, rounds: int = 5) -> pd.DataFrame:
     """Seconds an epoch: `fit`, and the same model and recipe in a plain PyTorch loop, in turn."""
     train = bl.load_images(data / "mnist")
     x, y = train.images.flatten(1), train.labels

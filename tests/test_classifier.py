@@ -568,7 +568,9 @@ def test_weight_decay_shrinks_weights():
 def test_the_learning_rate_falls_to_nothing_by_a_cosine():
     model, steps = a_model(), []
     model.add_hook("hook_embed", lambda tensor, hook: steps.append(model.W_E.detach().clone()))
-    model.fit(*few(), epochs=40, weight_decay=0.0, learning_rate=1e-4, progress=False)
+    model.fit(
+        *few(), epochs=40, batch_size=99, weight_decay=0.0, learning_rate=1e-4, progress=False
+    )
     weights = torch.stack([*steps, model.W_E.detach()])
     changes = weights.diff(dim=0).abs().amax((1, 2)) / 1e-4  # Adam's steps are of about that size
     assert len(changes) == 40

@@ -213,13 +213,12 @@ class HookedBilinearClassifier(HookedRootModule):
         Raises:
             ValueError: if `x` has such a pixel.
         """
-        if not x.isfinite().all():
-            raise ValueError("The input holds NaN or infinite pixels: remove or repair those.")
-        is_image = len(self.cfg.input_shape) == 3
-        if is_image and (x.min() < -PIXEL_SLACK or x.max() > 1 + PIXEL_SLACK):
+        low, high = x.aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+        if not (low.isfinite() and high.isfinite()):  # NaN is passed on
+            raise ValueError("The input holds NaN or infinite values: remove or repair those.")
+        if len(self.cfg.input_shape) == 3 and (low < -PIXEL_SLACK or high > 1 + PIXEL_SLACK):
             raise ValueError(
-                f"Pixels run from {x.min():.3g} to {x.max():.3g}: give them from 0 to 1 "
-                "(bytes / 255)."
+                f"Pixels run from {low:.3g} to {high:.3g}: give them from 0 to 1 (bytes / 255)."
             )
 
     @torch.no_grad()
@@ -314,10 +313,8 @@ class HookedBilinearClassifier(HookedRootModule):
         """
         if label in self.cfg.labels:
             return self.cfg.labels.index(label)  # pyright: ignore[reportArgumentType]
-        if not isinstance(label, str) and 0 <= (number := operator.index(label)) < len(
-            self.cfg.labels
-        ):
-            return number
+        if hasattr(label, "__index__") and 0 <= operator.index(label) < self.cfg.n_classes:  # pyright: ignore[reportArgumentType]
+            return operator.index(label)  # pyright: ignore[reportArgumentType]
         raise ValueError(f"There is no class {label!r}; the classes are {list(self.cfg.labels)}.")
 
     @property

@@ -91,12 +91,6 @@ def fit(
         ValueError: if the outputs vanish, or the loss is no finite number any more.
     """
     x, targets = data
-    with torch.no_grad():
-        if model(x[: 2**10]).abs().max() < VANISHED:
-            raise ValueError(
-                "The model's outputs vanish, so nothing can be learned: each layer squares the "
-                "scale of what it reads. Take fewer layers, or residual=True."
-            )
     generator = torch.Generator(x.device).manual_seed(recipe.seed)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
@@ -115,6 +109,12 @@ def fit(
                 for batch in order.split(batch_size):
                     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
                         out = model(_noisy(x[batch], recipe, generator))
+                    if not (history or total.losses) and out.detach().abs().max() < VANISHED:
+                        raise ValueError(
+                            "The model's outputs vanish, so nothing can be learned: each layer "
+                            "squares the scale of what it reads. Take fewer layers, or "
+                            "residual=True."
+                        )
                     loss = _loss(out, targets[batch])
                     total.add(loss, out, targets[batch])
                     if recipe.l1:
@@ -131,7 +131,7 @@ def fit(
                         weight.copy_(kept)
                 raise ValueError(
                     f"The loss is {row['loss']} in epoch {epoch}; the model keeps the weights that "
-                    f"it had before. Lower learning_rate={recipe.learning_rate}."
+                    f"it had before: lower learning_rate={recipe.learning_rate}."
                 )
             if held_out is not None:
                 row |= {
@@ -152,7 +152,7 @@ def check_targets(x: Tensor, targets: Tensor, n_classes: int, *, every_class: bo
         every_class: whether each class needs an example.
 
     Raises:
-        ValueError: if counts, shapes or ranges do not fit, an input is NaN, or a class is empty.
+        ValueError: if counts, shapes or ranges do not fit, or a class is empty.
     """
     if not isinstance(targets, Tensor):
         raise ValueError(
@@ -163,8 +163,6 @@ def check_targets(x: Tensor, targets: Tensor, n_classes: int, *, every_class: bo
             f"Inputs {list(x.shape)} and targets {list(targets.shape)}: give at least one input, "
             "and as many targets."
         )
-    if not x.isfinite().all():
-        raise ValueError("The inputs hold NaN or infinite values: remove or repair those.")
     if targets.is_floating_point():
         if targets.shape != (len(x), n_classes) or not targets.isfinite().all():
             raise ValueError(
