@@ -49,19 +49,8 @@ def truncation(curves: pd.DataFrame, *, y: str = "lost", title: str | None = Non
         name = escaped(order)
         x = rows["k"].tolist()
         if bounds:
-            low, high = bounds
-            figure.add_scatter(
-                name=f"{name} interval",
-                x=x + x[::-1],
-                y=rows[high].tolist() + rows[low].tolist()[::-1],
-                mode="lines",
-                fill="toself",
-                fillcolor=rgba(colour, 0.18),
-                line={"width": 0},
-                legendgroup=name,
-                showlegend=False,
-                hoverinfo="skip",
-            )
+            low, high = (rows[bound] for bound in bounds)
+            style.add_band(figure, name, x, low, high, colour)
         figure.add_scatter(
             name=name,
             x=x,

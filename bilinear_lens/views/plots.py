@@ -139,18 +139,7 @@ def ablation_curve(
         if rows.empty:
             continue
         x = rows["k"].tolist()
-        figure.add_scatter(
-            name=f"{kind} interval",
-            x=x + x[::-1],
-            y=rows[high].tolist() + rows[low].tolist()[::-1],
-            mode="lines",
-            fill="toself",
-            fillcolor=rgba(colour, 0.18),
-            line={"width": 0},
-            legendgroup=kind,
-            showlegend=False,
-            hoverinfo="skip",
-        )
+        style.add_band(figure, kind, x, rows[low], rows[high], colour)
         figure.add_scatter(
             name=kind,
             x=x,

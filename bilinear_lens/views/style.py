@@ -1,5 +1,6 @@
 """What all views share: a colour for each sign, how a token is written, an empty figure."""
 
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import plotly.graph_objects as go
@@ -70,4 +71,27 @@ def figure(title: str | None, *, x: str = "", y: str = "") -> go.Figure:
                 "remove": ["sendChartToCloud"],
             },
         }
+    )
+
+
+def add_band(
+    figure: go.Figure,
+    name: str,
+    x: Sequence[float | int],
+    low: Iterable[float],
+    high: Iterable[float],
+    colour: tuple[int, int, int],
+) -> None:
+    """An interval around the line `name`, which is drawn after it."""
+    figure.add_scatter(
+        name=f"{name} interval",
+        x=[*x, *reversed(x)],
+        y=[*high, *reversed(list(low))],
+        mode="lines",
+        fill="toself",
+        fillcolor=rgba(colour, 0.18),
+        line={"width": 0},
+        legendgroup=name,
+        showlegend=False,
+        hoverinfo="skip",
     )
