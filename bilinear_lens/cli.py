@@ -334,7 +334,8 @@ def explain_image(
         if held.images.shape[1:] != classifier.cfg.input_shape:
             raise ValueError(
                 f"The images of {data} are {list(held.images.shape[1:])}; {model} takes "
-                f"{list(classifier.cfg.input_shape)}: choose others with --data."
+                f"{list(classifier.cfg.input_shape)}: choose others, such as "
+                "--data mnist."
             )
         pixels, name = held.images[number], f"image {number} of {data}"
         name += f", labelled {held.names[int(held.labels[number])]}"

@@ -133,6 +133,7 @@ def image_page(model: HookedBilinearClassifier, explanation: Explanation, *, nam
         name: what the image is called.
     """
     shape = model.cfg.input_shape
+    signs = "Around grey, a colour and its complement" if shape[0] == 3 else "Blue and vermilion"
     (tensor,) = model.tensors()
     whole = tensor.eigh(torch.eye(tensor.d_out).to(tensor.left))
     best = model.class_number(explanation.prediction)
@@ -146,9 +147,9 @@ def image_page(model: HookedBilinearClassifier, explanation: Explanation, *, nam
             Section(
                 "What fired",
                 "The eigenvectors with the largest activations, for the classes of the largest "
-                "logits. Blue and vermilion are the two signs of a pattern; an image that matches "
-                "either of them, or both at once, makes it fire. A positive activation raises the "
-                "logit.",
+                f"logits. {signs} are the two signs of a pattern: an image that is bright on one "
+                "of them makes it fire, on both at once it cancels. A positive activation raises "
+                "the logit.",
                 images.explanation(
                     explanation.image,
                     explanation.logits,
@@ -159,7 +160,7 @@ def image_page(model: HookedBilinearClassifier, explanation: Explanation, *, nam
             ),
             Section(
                 f"The class {explanation.prediction}",
-                "All its eigenvalues, and the eigenvectors at both ends: above what speaks for the "
+                "Its eigenvalues, and the eigenvectors at both ends: above what speaks for the "
                 "class, below what speaks against it.",
                 images.class_spectrum(one, shape=shape),
             ),

@@ -845,3 +845,19 @@ def test_a_class_is_known_by_name_or_any_integer(as_users):
 def test_shapes_that_are_no_images_are_refused(shape):
     with pytest.raises(ValueError, match="input_shape"):
         bl.HookedBilinearClassifier.from_config(input_shape=shape, n_classes=N_CLASSES)
+
+
+def test_hooks_that_keep_or_ablate_eigenvectors_fit_a_classifier():
+    model, images = a_model(bias=True), some_images()
+    tensor, direction = model.bilinear_tensor(0, inputs="hidden"), model.output_direction(1)
+    spectrum = tensor.eigh(direction)
+    logits = model(images)
+    keep = bl.keep_eigenvectors(spectrum, direction, layer=0)
+    torch.testing.assert_close(model.run_with_hooks(images, fwd_hooks=keep), logits)
+    out: list[Tensor] = []
+    name = "blocks.0.hook_mlp_out"
+    ablate = bl.ablate_eigenvectors(spectrum, direction, layer=0)
+    see = [(name, lambda x, hook: out.append(x))]
+    ablated = model.run_with_hooks(images, fwd_hooks=[*ablate, *see])
+    torch.testing.assert_close(out[0] @ direction, torch.zeros(11).double())
+    assert not torch.allclose(ablated, logits)

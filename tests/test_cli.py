@@ -85,7 +85,7 @@ def test_a_classifier_is_trained_and_explains_an_image(run, tmp_path):
         ("explain-image nowhere 3", "No model or folder"),
         ("explain-image tinystories-1l 3", "holds no HookedBilinearClassifier"),
         ("explain-image small 999", "images 0 to 359"),
-        ("explain-image mnist-1l 3", "choose others with --data"),
+        ("explain-image mnist-1l 3", "such as --data mnist"),
         ("train vision new --layers 6", "residual=True"),
         ("explain-image small absent.png", "as a picture"),
         ("explain-image small large.png", "the model takes [1, 8, 8]"),

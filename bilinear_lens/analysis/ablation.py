@@ -99,7 +99,8 @@ def _check_size(x: Tensor, size: int, layer: int) -> None:
     if x.shape[-1] != size:
         raise ValueError(
             f"Layer {layer}'s MLP has width {x.shape[-1]}, but the spectrum or direction has "
-            f"{size}: take both from this model."
+            f"{size}: take both from this model (of a "
+            'classifier: bilinear_tensor(layer, inputs="hidden")).'
         )
 
 

@@ -80,6 +80,8 @@ def factorize(
         raise ValueError(
             f"atoms_per_output={atoms_per_output} must be between 1 and n_atoms={n_atoms}."
         )
+    if not isinstance(tensor, BilinearTensor):
+        raise ValueError(f"Give a BilinearTensor, such as model.tensors()[0]: {type(tensor)}.")
     if n_atoms < 1 or restarts < 1 or steps < 1 or sparsity < 0:
         raise ValueError(
             f"n_atoms={n_atoms}, restarts={restarts} and steps={steps} must be at least 1, and "

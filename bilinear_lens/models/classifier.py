@@ -33,8 +33,9 @@ class HookedBilinearClassifier(HookedRootModule):
     """Embedding, bilinear layers, unembedding; no norms (arXiv 2410.08417, section 4).
 
     Make one with `from_config` or `from_pretrained`. Hooks: `hook_embed`; for each layer
-    `blocks.{l}.hook_resid_pre`, `blocks.{l}.mlp.{hook_in, hook_pre, hook_pre_linear, hook_post,
-    hook_out}`, `blocks.{l}.hook_mlp_out`, `blocks.{l}.hook_resid_post`.
+    `blocks.{l}.hook_resid_pre`, `blocks.{l}.mlp.{hook_in, gate.hook_in, hook_pre, hook_pre_linear,
+    hook_post, hook_out}`, `blocks.{l}.hook_mlp_out`, `blocks.{l}.hook_resid_post`. The hooks of
+    `ablate_eigenvectors` and its like fit `bilinear_tensor(layer, inputs="hidden")`.
     """
 
     def __init__(self, cfg: ClassifierConfig, *, seed: int = 0) -> None:

@@ -96,6 +96,7 @@ class BilinearMLP(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(d_mlp)) if cfg.bias else None
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.bias else None
         self.hook_in = HookPoint()
+        self.gate = nn.ModuleDict({"hook_in": HookPoint()})  # named as the transformer's component
         self.hook_pre = HookPoint()
         self.hook_pre_linear = HookPoint()
         self.hook_post = HookPoint()
@@ -103,7 +104,7 @@ class BilinearMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         x = self.hook_in(x)
-        gate, linear = x @ self.W_gate, x @ self.W_in
+        gate, linear = self.gate["hook_in"](x) @ self.W_gate, x @ self.W_in
         if self.b_gate is not None and self.b_in is not None:
             gate, linear = gate + self.b_gate, linear + self.b_in
         out = self.hook_post(self.hook_pre(gate) * self.hook_pre_linear(linear))

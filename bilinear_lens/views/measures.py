@@ -49,7 +49,7 @@ def truncation(curves: pd.DataFrame, *, y: str = "lost", title: str | None = Non
         name = escaped(order)
         x = rows["k"].tolist()
         if bounds:
-            low, high = (rows[bound] for bound in bounds)
+            low, high = (rows[bound].tolist() for bound in bounds)
             style.add_band(figure, name, x, low, high, colour)
         figure.add_scatter(
             name=name,

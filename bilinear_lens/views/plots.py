@@ -139,7 +139,7 @@ def ablation_curve(
         if rows.empty:
             continue
         x = rows["k"].tolist()
-        style.add_band(figure, kind, x, rows[low], rows[high], colour)
+        style.add_band(figure, kind, x, rows[low].tolist(), rows[high].tolist(), colour)
         figure.add_scatter(
             name=kind,
             x=x,

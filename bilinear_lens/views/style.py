@@ -1,6 +1,6 @@
 """What all views share: a colour for each sign, how a token is written, an empty figure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import plotly.graph_objects as go
@@ -78,15 +78,15 @@ def add_band(
     figure: go.Figure,
     name: str,
     x: Sequence[float | int],
-    low: Iterable[float],
-    high: Iterable[float],
+    low: Sequence[float | int],
+    high: Sequence[float | int],
     colour: tuple[int, int, int],
 ) -> None:
     """An interval around the line `name`, which is drawn after it."""
     figure.add_scatter(
         name=f"{name} interval",
         x=[*x, *reversed(x)],
-        y=[*high, *reversed(list(low))],
+        y=[*high, *reversed(low)],
         mode="lines",
         fill="toself",
         fillcolor=rgba(colour, 0.18),
