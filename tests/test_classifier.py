@@ -67,6 +67,7 @@ def layer_by_formula(
     return {
         "hook_resid_pre": x,
         "mlp.hook_in": x,
+        "mlp.gate.hook_in": x,
         "mlp.hook_pre": gate,
         "mlp.hook_pre_linear": linear,
         "mlp.hook_post": gate * linear,
