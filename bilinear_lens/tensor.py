@@ -133,6 +133,11 @@ class BilinearTensor:
             affine=True,
         )
 
+    def double(self) -> "BilinearTensor":
+        """The same tensor in float64, for differences and Gram matrices that lose digits."""
+        left, right, down = (w.double() for w in (self.left, self.right, self.down))
+        return BilinearTensor(left, right, down, self.affine)
+
     def quadratic(self) -> "BilinearTensor":
         """The part that is quadratic in the input: without biases and what `with_linear` added."""
         return BilinearTensor(self.left[:, : self.d_in], self.right[:, : self.d_in], self.down)
@@ -319,10 +324,7 @@ class BilinearTensor:
         if k is not None and not 1 <= k <= self.d_out:
             raise ValueError(f"k={k} must be between 1 and d_out={self.d_out}.")
         # Singular values are roots of the Gram matrix's eigenvalues, which costs half the digits.
-        gram = BilinearTensor(
-            self.left.double(), self.right.double(), self.down.double()
-        ).output_gram()
-        modes = Spectrum.of(gram)
+        modes = Spectrum.of(self.double().output_gram())
         values, directions = modes.values.clamp(min=0).sqrt(), modes.vectors.mT
         return OutputModes(values[:k].to(self.down), directions[:k].to(self.down))
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilinear_lens.analysis.depth import run_chain
 from bilinear_lens.models.classifier import HookedBilinearClassifier
 from bilinear_lens.spectrum import Spectrum
 
@@ -73,9 +74,7 @@ def explain_image(
     x = x.reshape(-1)
     model.check_pixels(x)
     *below, last = model.tensors()
-    read = x
-    for tensor in below:
-        read = tensor(read)
+    read = run_chain(below, x)
     logits = model(x)
     if classes is None:
         classes = min(3, model.cfg.n_classes)

@@ -140,11 +140,8 @@ def tucker(tensor: BilinearTensor, n_inputs: int, n_outputs: int | None = None) 
     coords = tensor.left.shape[1]
     if not 1 <= n_inputs <= coords:
         raise ValueError(f"n_inputs={n_inputs} must be between 1 and {coords}.")
-    precise = BilinearTensor(
-        tensor.left.double(), tensor.right.double(), tensor.down.double(), tensor.affine
-    )
-    inputs = Spectrum.of(precise.input_gram()).top(n_inputs).vectors.to(tensor.left)
-    outputs = precise.hosvd(n_outputs).directions.to(tensor.left)
+    inputs = Spectrum.of(tensor.double().input_gram()).top(n_inputs).vectors.to(tensor.left)
+    outputs = tensor.hosvd(n_outputs).directions
     return BilinearTensor(
         tensor.left @ inputs @ inputs.mT,
         tensor.right @ inputs @ inputs.mT,
@@ -250,16 +247,14 @@ def _pruned(
     count: int,
 ) -> Bool[Tensor, "d_out atoms"]:
     """The support with `count` atoms for each output: what costs the fit least goes first."""
-    left, right = _atoms(directions)
+    atoms, outputs = _grams(target, *_atoms(directions))
     support = support.clone()
     while (over := support.sum(1) > count).any():
-        down, _ = _weights(target, left, right, support, metric)
-        atoms, _ = _grams(target, left, right)
+        system = _system(atoms, support, metric)
+        weights = torch.linalg.solve(system, outputs[support])
         # the explained square norm falls by weight^2 / (inverse of the system)_ii without it
-        inverse = torch.linalg.inv(_system(atoms, support, metric)).diagonal()
-        cost = torch.full_like(down, torch.inf).masked_scatter(
-            support, down[support] ** 2 / inverse
-        )
+        inverse = torch.linalg.inv(system).diagonal()
+        cost = torch.full_like(outputs, torch.inf).masked_scatter(support, weights**2 / inverse)
         cheapest = cost.argmin(dim=1)[over]
         support[over.nonzero().flatten(), cheapest] = False
     return support

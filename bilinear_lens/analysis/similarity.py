@@ -48,7 +48,7 @@ def interaction_similarity(a: BilinearTensor, b: BilinearTensor) -> Float[Tensor
     """
     if a.d_out != b.d_out:
         raise ValueError(f"The tensors have {a.d_out} and {b.d_out} outputs: compare equals.")
-    one, other = _in_float64(a), _in_float64(b)
+    one, other = a.double(), b.double()
     inner = one.output_gram(other).diagonal()
     squares = torch.stack([one.output_gram().diagonal(), other.output_gram().diagonal()])
     # of terms that cancel, rounding leaves a square of this size, of either sign
@@ -56,11 +56,6 @@ def interaction_similarity(a: BilinearTensor, b: BilinearTensor) -> Float[Tensor
     if empty := (squares <= 1e-14 * terms).any(0).nonzero().flatten().tolist():
         raise ValueError(f"The similarity to a zero interaction is not defined: outputs {empty}.")
     return (inner / squares.sqrt().prod(0)).to(a.down)
-
-
-def _in_float64(tensor: BilinearTensor) -> BilinearTensor:
-    left, right, down = (w.double() for w in (tensor.left, tensor.right, tensor.down))
-    return BilinearTensor(left, right, down, tensor.affine)
 
 
 def _squared_terms(tensor: BilinearTensor) -> Float[Tensor, " d_out"]:

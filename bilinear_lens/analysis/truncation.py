@@ -78,8 +78,7 @@ def activation_spectrum(
         ValueError: as `BilinearTensor.eigh` and `whiten`.
     """
     # in float64: the filters undo scales that differ by orders of magnitude
-    left, right, down = (w.double() for w in (tensor.left, tensor.right, tensor.down))
-    whitened, filters = whiten(BilinearTensor(left, right, down, tensor.affine), inputs)
+    whitened, filters = whiten(tensor.double(), inputs)
     spectrum = whitened.eigh(direction)
     return Spectrum.signed(
         spectrum.values.to(tensor.left),

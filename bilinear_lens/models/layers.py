@@ -59,10 +59,8 @@ class ClassifierConfig:
             for name, given in sizes.items()
             if not all(isinstance(size, int) and size >= 1 for size in given)
         ]
-        if wrong or not self.input_shape:
-            raise ValueError(
-                f"{wrong or ['input_shape']} must be integers of at least 1: {asdict(self)}."
-            )
+        if wrong:
+            raise ValueError(f"{wrong} must be integers of at least 1: {asdict(self)}.")
         labels = tuple(map(str, self.labels or range(self.n_classes)))
         object.__setattr__(self, "labels", labels)
         if len(labels) != self.n_classes or len(set(labels)) != len(labels):
