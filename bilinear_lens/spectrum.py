@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -88,6 +88,27 @@ class Spectrum:
         """
         self._check_k(k)
         return Spectrum(self.values[..., -k:], self.vectors[..., -k:], self.affine)
+
+    def reordered(self, order: Int[Tensor, "*batch n"]) -> "Spectrum":
+        """The pairs of the given numbers, in that order, for each matrix."""
+        columns = order[..., None, :].expand(*self.vectors.shape[:-1], order.shape[-1])
+        return Spectrum(
+            self.values.gather(-1, order), self.vectors.gather(-1, columns), self.affine
+        )
+
+    def most_positive(self, k: int) -> "Spectrum":
+        """The `k` pairs of largest eigenvalue, largest first.
+
+        Raises:
+            ValueError: if a matrix (a class) has fewer than `k` positive eigenvalues.
+        """
+        values, order = self.values.sort(dim=-1, descending=True)
+        if k < 1 or k > self.k or (values[..., k - 1] <= 0).any():
+            raise ValueError(
+                f"k={k} must be at least 1 and at most the number of positive eigenvalues, of "
+                f"which the poorest class has {int((values > 0).sum(-1).min())}."
+            )
+        return self.reordered(order[..., :k])
 
     def oriented(self, directions: Float[Tensor, "n {self.d_in}"]) -> "Spectrum":
         """The same spectrum, signed so that the largest projection on `directions` is positive."""

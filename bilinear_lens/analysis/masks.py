@@ -40,14 +40,7 @@ def adversarial_masks(
             "Masks need the spectrum of all classes, without biases or residual connections: "
             "tensor.quadratic().eigh(torch.eye(n_classes))."
         )
-    values, order = spectrum.values.sort(dim=-1, descending=True)
-    if k < 1 or k > spectrum.k or (values[:, k - 1] <= 0).any():
-        raise ValueError(
-            f"k={k} must be at least 1 and at most the number of positive eigenvalues, of which "
-            f"the poorest class has {int((values > 0).sum(-1).min())}."
-        )
-    order = order[:, None, :k].expand(*spectrum.vectors.shape[:-1], k)
-    vectors = spectrum.vectors.gather(-1, order).mT.double()
+    vectors = spectrum.most_positive(k).vectors.mT.double()
     vectors = torch.where(vectors.sum(-1, keepdim=True) < 0, -vectors, vectors)
     if where is not None:
         if where.dtype != torch.bool or where.shape != (spectrum.d_in,):

@@ -25,19 +25,8 @@ def eigenvector_similarity(a: Spectrum, b: Spectrum, *, k: int = 1) -> Float[Ten
             f"vectors {list(a.vectors.shape)} and {list(b.vectors.shape)} must be of the same "
             "outputs and inputs."
         )
-    first, second = (_most_positive(spectrum, k) for spectrum in (a, b))
+    first, second = (spectrum.most_positive(k).vectors for spectrum in (a, b))
     return (first * second).sum(-2).abs() / (first.norm(dim=-2) * second.norm(dim=-2))
-
-
-def _most_positive(spectrum: Spectrum, k: int) -> Float[Tensor, "*batch coords k"]:
-    values, order = spectrum.values.sort(dim=-1, descending=True)
-    if k < 1 or k > spectrum.k or (values[..., k - 1] <= 0).any():
-        raise ValueError(
-            f"k={k} must be at least 1 and at most the number of positive eigenvalues, of which "
-            f"the poorest output has {int((values > 0).sum(-1).min())}."
-        )
-    order = order[..., None, :k].expand(*spectrum.vectors.shape[:-1], k)
-    return spectrum.vectors.gather(-1, order)
 
 
 def interaction_similarity(a: BilinearTensor, b: BilinearTensor) -> Float[Tensor, " d_out"]:

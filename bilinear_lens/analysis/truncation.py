@@ -24,11 +24,11 @@ def paired(spectrum: Spectrum) -> Spectrum:
     The order of arXiv 2406.03947's truncations. Where one sign runs out, the other goes on.
     """
     order = spectrum.values.abs().argsort(dim=-1, descending=True, stable=True)
-    spectrum = _reordered(spectrum, order)
+    spectrum = spectrum.reordered(order)
     positive = spectrum.values > 0
     # the rank of each pair among those of its sign; the positive of a rank before the negative
     ranks = torch.where(positive, positive.cumsum(-1), (~positive).cumsum(-1))
-    return _reordered(spectrum, (2 * ranks + ~positive).argsort(dim=-1, stable=True))
+    return spectrum.reordered((2 * ranks + ~positive).argsort(dim=-1, stable=True))
 
 
 def by_activation(spectrum: Spectrum, inputs: Float[Tensor, "n d_in"]) -> Spectrum:
@@ -38,7 +38,7 @@ def by_activation(spectrum: Spectrum, inputs: Float[Tensor, "n d_in"]) -> Spectr
         ValueError: as `mean_activations`.
     """
     means = mean_activations(spectrum, inputs)
-    return _reordered(spectrum, means.abs().argsort(dim=-1, descending=True))
+    return spectrum.reordered(means.abs().argsort(dim=-1, descending=True))
 
 
 def mean_activations(
@@ -204,8 +204,3 @@ def _kept(
         activations = Spectrum(values, vectors, spectrum.affine).activations(inputs)
         logits[:, :, c] = activations.double().cumsum(-1)[:, columns].mT
     return logits
-
-
-def _reordered(spectrum: Spectrum, order: Int[Tensor, "*batch k"]) -> Spectrum:
-    vectors = spectrum.vectors.gather(-1, order[..., None, :].expand_as(spectrum.vectors))
-    return Spectrum(spectrum.values.gather(-1, order), vectors, spectrum.affine)
