@@ -13,6 +13,9 @@ from bilinear_lens.analysis.ablation import (
     keep_eigenvectors,
     project_out,
 )
+from bilinear_lens.analysis.pairs import token_pairs
+from bilinear_lens.analysis.sweep import sweep
+from bilinear_lens.analysis.search import Summary, Sweep, load_sweep
 from bilinear_lens.models.classifier import HookedBilinearClassifier
 from bilinear_lens.models.layers import ClassifierConfig
 from bilinear_lens.training.images import LabelledImages, load_images
@@ -35,6 +38,11 @@ __all__ = [
     "project_out",
     "ablation_curve",
     "k_reaching",
+    "token_pairs",
+    "sweep",
+    "load_sweep",
+    "Sweep",
+    "Summary",
     "HookedBilinearClassifier",
     "ClassifierConfig",
     "load_images",

@@ -1,6 +1,6 @@
 """Spectrum: eigenvalues and eigenvectors of interaction matrices, largest magnitude first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,8 @@ class Spectrum:
     """Columns; those of `eigh` are orthonormal."""
     affine: bool = False
     """Whether the last coordinate is a constant 1, which callers do not pass."""
+    residuals: Float[Tensor, "*batch k"] | None = None
+    """Of `eigh`'s pairs: `||Q v - value v||`, relative to `||Q||_2`."""
 
     def __post_init__(self) -> None:
         if self.vectors.ndim < 2 or self.values.shape != (
@@ -54,9 +56,10 @@ class Spectrum:
         vectors: Float[Tensor, "*batch coords k"],
         *,
         affine: bool = False,
+        residuals: Float[Tensor, "*batch k"] | None = None,
     ) -> "Spectrum":
         """The spectrum with each eigenvector's entry of largest magnitude made positive."""
-        return cls(values, vectors * _sign_of_largest(vectors), affine)
+        return cls(values, vectors * _sign_of_largest(vectors), affine, residuals)
 
     @property
     def d_in(self) -> int:
@@ -78,7 +81,7 @@ class Spectrum:
             ValueError: if `k` is not in 1..k.
         """
         self._check_k(k)
-        return Spectrum(self.values[..., :k], self.vectors[..., :k], self.affine)
+        return self._select(slice(k))
 
     def bottom(self, k: int) -> "Spectrum":
         """The last `k` pairs: of `eigh`'s, those of smallest magnitude of those there are.
@@ -87,13 +90,20 @@ class Spectrum:
             ValueError: if `k` is not in 1..k.
         """
         self._check_k(k)
-        return Spectrum(self.values[..., -k:], self.vectors[..., -k:], self.affine)
+        return self._select(slice(-k, None))
 
     def reordered(self, order: Int[Tensor, "*batch n"]) -> "Spectrum":
         """The pairs of the given numbers, in that order, for each matrix."""
         columns = order[..., None, :].expand(*self.vectors.shape[:-1], order.shape[-1])
+        residuals = None if self.residuals is None else self.residuals.gather(-1, order)
         return Spectrum(
-            self.values.gather(-1, order), self.vectors.gather(-1, columns), self.affine
+            self.values.gather(-1, order), self.vectors.gather(-1, columns), self.affine, residuals
+        )
+
+    def _select(self, columns: slice) -> "Spectrum":
+        residuals = None if self.residuals is None else self.residuals[..., columns]
+        return Spectrum(
+            self.values[..., columns], self.vectors[..., columns], self.affine, residuals
         )
 
     def most_positive(self, k: int) -> "Spectrum":
@@ -115,7 +125,7 @@ class Spectrum:
         if self.values.ndim != 1:
             raise ValueError("Only the spectrum of a single direction can be oriented.")
         signs = _sign_of_largest(self.projections(directions))
-        return Spectrum(self.values, self.vectors * signs, self.affine)
+        return replace(self, vectors=self.vectors * signs)
 
     def projections(self, x: Float[Tensor, "*inputs {self.d_in}"]) -> Float[Tensor, "..."]:
         """`vector . x` for each eigenvector: `[*inputs, *batch, k]`.
@@ -148,7 +158,12 @@ class Spectrum:
 
         Of a spectrum cut by `top`, it is that of what was kept (arXiv 2410.08417, appendix E).
         """
-        return self.values.abs().sum(-1) ** 2 / (self.values**2).sum(-1)
+        return effective_ranks(self.values)
+
+
+def effective_ranks(values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    """`Spectrum.effective_rank` of eigenvalues alone."""
+    return values.abs().sum(-1) ** 2 / (values**2).sum(-1)
 
 
 def coordinates(

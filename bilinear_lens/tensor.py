@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear_lens.basis import Basis
+from bilinear_lens.eigensolver import Eigensolver
 from bilinear_lens.spectrum import Spectrum, coordinates
 
 
@@ -201,31 +202,60 @@ class BilinearTensor:
         return (half + half.mT) / 2
 
     def eigh(
-        self, direction: Float[Tensor, "*batch {self.d_out}"] | int, k: int | None = None
+        self,
+        direction: Float[Tensor, "*batch {self.d_out}"] | int,
+        k: int | None = None,
+        *,
+        tol: float = 1e-5,
+        memory: int = 2**30,
     ) -> Spectrum:
         """Eigenvalues and eigenvectors of the interaction that writes to `direction`.
+
+        A few pairs of many wide interactions come from an iteration, all others from a dense
+        decomposition: see `eigensolver`.
 
         Args:
             direction: output directions, or the number of one output coordinate.
             k: how many pairs, largest magnitude first; None gives all that can differ from zero.
+            tol: the largest residual of a pair that an iteration may return.
+            memory: bytes of working space, beside the tensor and the result.
 
         Raises:
-            ValueError: as `interaction`, and if `k` is not in 1..d_in (one more with biases).
+            ValueError: as `interaction`, if `k` is not in 1..d_in (one more with biases), or if
+                `memory` is too little for one direction.
         """
         coords = self.left.shape[1]
         if k is not None and not 1 <= k <= coords:
             raise ValueError(f"k={k} must be between 1 and the {coords} coordinates of the input.")
-        n_pairs = min(2 * self.rank, coords)
-        if n_pairs == coords or (k is not None and k > n_pairs):
-            spectrum = Spectrum.of(self.interaction(direction), affine=self.affine)
-        else:  # the interaction lives in the span of the 2 * rank factor rows: decompose it there
-            weight = self._direction(direction) @ self.down
-            span, factors = torch.linalg.qr(torch.cat([self.left, self.right]).mT)
-            left, right = factors[:, : self.rank], factors[:, self.rank :]
-            half = (left * weight[..., None, :]) @ right.mT
-            inner = Spectrum.of((half + half.mT) / 2)
-            spectrum = Spectrum.signed(inner.values, span @ inner.vectors, affine=self.affine)
-        return spectrum if k is None else spectrum.top(k)
+        directions = self._direction(direction)
+        batch = directions.shape[:-1]
+        n_pairs = min(2 * self.rank, coords) if k is None else k
+        solver = self.eigensolver(n_pairs, n=batch.numel(), tol=tol, memory=memory)
+        spectrum = solver(directions.reshape(-1, self.d_out))
+        return Spectrum(
+            spectrum.values.view(*batch, n_pairs),
+            spectrum.vectors.view(*batch, coords, n_pairs),
+            self.affine,
+            None if spectrum.residuals is None else spectrum.residuals.view(*batch, n_pairs),
+        )
+
+    def eigensolver(self, k: int, *, n: int, tol: float = 1e-5, memory: int = 2**30) -> Eigensolver:
+        """What `eigh` calls, with what it computes once for all directions.
+
+        Args:
+            n: how many directions there will be; they may come in parts.
+        """
+        return Eigensolver(
+            self.left,
+            self.right,
+            self.down,
+            affine=self.affine,
+            gram=self.double().output_gram() if n > self.d_out else None,
+            n=n,
+            k=k,
+            tol=tol,
+            memory=memory,
+        )
 
     def change_basis(
         self,
@@ -283,7 +313,15 @@ class BilinearTensor:
         """
         other = self if other is None else other
         self._check_same_space(other, outputs=False)
-        return self.down @ self._factor_gram(other) @ other.down.mT
+        gram = self.down.new_zeros(self.d_out, other.d_out)
+        block = max(1, 2**23 // other.rank)  # of the rank x rank products
+        for start in range(0, self.rank, block):
+            rows = slice(start, start + block)
+            part = BilinearTensor(
+                self.left[rows], self.right[rows], self.down[:, rows], self.affine
+            )
+            gram += part.down @ (part._factor_gram(other) @ other.down.mT)
+        return gram
 
     def input_gram(
         self, outputs: Float[Tensor, "{self.d_out} {self.d_out}"] | None = None

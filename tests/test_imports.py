@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bilinear_lens"
 
-ALGEBRA = {"basis", "spectrum", "tensor"}
+ALGEBRA = {"basis", "eigensolver", "kernels", "spectrum", "tensor"}
 MAY_IMPORT = {
     **dict.fromkeys(ALGEBRA, ALGEBRA),
     "models": ALGEBRA | {"models"},
@@ -28,6 +28,11 @@ ONLY_IN = {
     "datasets": {"models.checkpoints", "training"},
     "huggingface_hub": {"models.checkpoints", "training"},
     "PIL": {"training.images"},
+    "datatrove": {"analysis.cluster"},
+    "ray": {"analysis.cluster"},
+    "loguru": {"analysis.cluster"},
+    "duckdb": {"analysis.search"},
+    "pyarrow": {"analysis.search", "analysis.shards", "analysis.sweep"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

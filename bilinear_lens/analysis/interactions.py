@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilinear_lens.analysis.pairs import labelled, top_pairs
 from bilinear_lens.basis import Basis
 from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
 from bilinear_lens.spectrum import Spectrum
@@ -83,37 +84,14 @@ class InteractionTable:
 
         Each unordered pair stands once; a pair of different tokens adds its interaction twice when
         the input is their sum. Of a layer with biases, it is the part quadratic in the tokens.
-        Costs `d_vocab^2 d_in` products, in blocks of bounded memory.
+        `pairs.top_pairs` says what that costs.
 
         Raises:
             ValueError: if `k` is not between 1 and the number of pairs.
         """
         tokens = self.tokens.directions
-        n, d = tokens.shape
-        if not 1 <= k <= n * (n + 1) // 2:
-            raise ValueError(f"k={k} must be between 1 and the {n * (n + 1) // 2} pairs there are.")
-        mapped = tokens @ self.interaction[:d, :d]
-        best, rows, columns = tokens.new_zeros(0), *mapped.new_zeros(2, 0, dtype=torch.long)
-        block = max(1, 2**24 // n)
-        for start in range(0, n, block):
-            products = mapped[start : start + block] @ tokens[start:].mT
-            upper = torch.ones_like(products, dtype=torch.bool).triu().flatten()
-            # the pairs below the diagonal stand in an earlier block or row
-            magnitudes = products.abs().flatten().masked_fill(~upper, -1)
-            top = magnitudes.topk(min(k, len(magnitudes))).indices
-            top = top[upper[top]]
-            best = torch.cat([best, products.flatten()[top]])
-            rows = torch.cat([rows, start + top // products.shape[1]])
-            columns = torch.cat([columns, start + top % products.shape[1]])
-            kept = best.abs().topk(min(k, len(best))).indices
-            best, rows, columns = best[kept], rows[kept], columns[kept]
-        return pd.DataFrame(
-            {
-                "token_a": [self.tokens.labels[row] for row in rows.tolist()],
-                "token_b": [self.tokens.labels[column] for column in columns.tolist()],
-                "interaction": best.tolist(),
-            }
-        )
+        d = tokens.shape[1]
+        return labelled(top_pairs(self.interaction[:d, :d], tokens, k), self.tokens)
 
     @property
     def header(self) -> str:

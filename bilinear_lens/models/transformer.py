@@ -7,6 +7,9 @@
 """
 
 import copy
+import hashlib
+import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -235,24 +238,14 @@ class HookedBilinearTransformer(TransformerBridge):
                     f"direction has shape {list(direction.shape)}; it must be "
                     f"[d_model={self.cfg.d_model}]."
                 )
+            if layer is not None:
+                direction = direction * self._output_gain(layer)
         else:
-            self._require_folded()
-            gain = self._gain(self.ln_final)  # ones, unless the architecture cannot be folded
-            unembedding = self.W_U.detach().float() * gain[:, None]
             if isinstance(output, tuple):
                 if len(output) != 2:
                     raise ValueError(f"{output!r} must be a pair of tokens.")
                 output, contrast = output
-                against = unembedding[:, self.token_id(contrast)]
-            elif contrast == "mean":
-                against = unembedding.mean(dim=1)
-            elif contrast is None:
-                against = torch.zeros_like(unembedding[:, 0])
-            else:
-                against = unembedding[:, self.token_id(contrast)]
-            direction = unembedding[:, self.token_id(output)] - against
-        if layer is not None and hasattr(self.blocks[layer], "ln2_post"):
-            direction = direction * self._gain(self.blocks[layer].ln2_post)
+            direction = self.output_directions([output], contrast, layer=layer)[0]
         if not direction.isfinite().all() or not direction.any():
             raise ValueError(
                 "The output direction is zero (is the contrast the output itself?) or not finite: "
@@ -260,18 +253,55 @@ class HookedBilinearTransformer(TransformerBridge):
             )
         return direction
 
+    @torch.no_grad()
+    def output_directions(
+        self,
+        tokens: Sequence[Token],
+        contrast: Token | Literal["mean"] | None = "mean",
+        *,
+        layer: int | None = None,
+    ) -> Float[Tensor, "n d_model"]:
+        """`output_direction` of many tokens at once; a token's against itself is zero.
+
+        Raises:
+            ValueError: if a token is unknown.
+        """
+        self._require_folded()
+        ids = [self.token_id(token) for token in tokens]
+        if contrast == "mean":
+            against = self.W_U.mean(dim=1, dtype=torch.float32)
+        elif contrast is None:
+            against = torch.zeros_like(self.W_U[:, 0], dtype=torch.float32)
+        else:
+            against = self.W_U[:, self.token_id(contrast)].float()
+        # the final norm's gain is ones, unless the architecture cannot be folded
+        directions = (self.W_U[:, ids].float() - against[:, None]).mT * self._gain(self.ln_final)
+        return directions if layer is None else directions * self._output_gain(layer)
+
     def token_basis(self) -> Basis:
         """Each token as an MLP would see it alone: its embedding, normed.
 
         That is `e / rms(e)`, up to the norm's epsilon, in the folded coordinates of `mlp.hook_in`;
         where an architecture has no norm before its MLPs (OLMo 2), it is `e`.
         """
+        return Basis(self.token_directions(range(self.cfg.d_vocab)), self.token_labels)
+
+    @torch.no_grad()
+    def token_directions(self, ids: range) -> Float[Tensor, "n d_model"]:
+        """The rows of `token_basis` for some ids."""
         self._require_folded()
-        with torch.no_grad():
-            embedding = self.embed(torch.arange(self.cfg.d_vocab, device=self.cfg.device)).float()
+        embedding = self.embed(torch.tensor(ids, device=self.cfg.device)).float()
         if hasattr(self.blocks[0], "ln2"):
             embedding /= (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
-        return Basis(embedding, self.token_labels)
+        return embedding
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of the current weights and token labels: what an analysis was made from."""
+        digest = hashlib.sha256(json.dumps(self.token_labels).encode())
+        for name, weight in sorted(self.original_model.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @cached_property
     def token_labels(self) -> list[str]:
@@ -336,6 +366,11 @@ class HookedBilinearTransformer(TransformerBridge):
                 f"Token ids {smallest} to {largest} must lie between 0 and {self.cfg.d_vocab - 1}: "
                 "the tokenizer is not this model's."
             )
+
+    def _output_gain(self, layer: int) -> Tensor | float:
+        """What a layer's MLP output is multiplied by on its way to the residual stream."""
+        block = self.blocks[layer]
+        return self._gain(block.ln2_post) if hasattr(block, "ln2_post") else 1.0
 
     @torch.no_grad()
     def _gain(self, norm: nn.Module) -> Float[Tensor, " d_model"]:

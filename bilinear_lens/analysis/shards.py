@@ -1,0 +1,197 @@
+"""The files of a sweep: a manifest that says what it is of, and shards, each whole or absent."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+SIZE = 1024
+"""Outputs in a shard: seconds to minutes of work, which is what a killed run loses."""
+
+MANIFEST, TOKENS = "manifest.json", "tokens.parquet"
+
+_ENDS = [
+    pa.field(f"{end}_{what}", pa.list_(kind))
+    for end in ("top", "bottom")
+    for what, kind in (("ids", pa.int32()), ("tokens", pa.string()), ("projections", pa.float32()))
+]
+SCHEMA = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("token_id", pa.int32()),
+        ("token", pa.string()),
+        ("eigenvector", pa.int16()),
+        ("value", pa.float32()),
+        ("share", pa.float32()),
+        ("residual", pa.float32()),
+        ("norm", pa.float32()),
+        ("effective_rank", pa.float32()),
+        *_ENDS,
+    ]
+)
+"""A row for each layer, output token and eigenvector.
+
+- `share`: of `||Q||_F^2`, signed like the eigenvalue; `norm`: `||Q||_F`, of the output's
+  interaction
+- `residual`: `||Q v - value v||`, relative to `||Q||_2`
+- `effective_rank`: of the output's whole spectrum; null unless asked for
+- `top_...` and `bottom_...`: the tokens of the "+" and the "-" end, the outermost first, with
+  `projections` v . e; an eigenvector is signed so that the largest projection is positive
+"""
+
+
+class Shard(NamedTuple):
+    layer: int
+    start: int
+    stop: int
+    """Into the manifest's outputs."""
+
+    @property
+    def name(self) -> str:
+        return f"layer-{self.layer:03d}-{self.start:07d}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a sweep is of."""
+
+    model: str
+    source: str | None
+    """The name or folder that the model can be loaded from."""
+    fingerprint: str
+    """Of its weights and tokens."""
+    folded: bool
+    layers: list[int]
+    outputs: list[int]
+    """Token ids."""
+    contrast: str | int | None
+    """"mean", a token's id, or nothing."""
+    k: int
+    n_tokens: int
+    tol: float
+    dtype: str
+    effective_rank: bool
+    vectors: bool
+    bilinear_lens: str
+    torch: str
+    """Versions."""
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        return [
+            Shard(layer, start, min(start + SIZE, len(self.outputs)))
+            for layer in self.layers
+            for start in range(0, len(self.outputs), SIZE)
+        ]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a sweep's folder.
+
+        Raises:
+            ValueError: if there is none, or another version of this package wrote it otherwise.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no sweep: there is no {MANIFEST} in it.")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            expected = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"{path} is no manifest of a sweep, with {expected}.") from error
+
+    def begin(self, folder: Path, labels: list[str], *, resume: bool) -> None:
+        """Make the folder of this sweep, or check that it is this sweep's.
+
+        Raises:
+            ValueError: if it holds another sweep, or this one and not `resume`, or other files.
+        """
+        if (folder / MANIFEST).exists():
+            theirs = asdict(self.read(folder))
+            other = {
+                name: (theirs[name], mine)
+                for name, mine in asdict(self).items()
+                if theirs[name] != mine and name != "source"
+            }
+            if other:
+                told = "; ".join(
+                    f"{name} {_brief(there)} there, {_brief(here)} here"
+                    for name, (there, here) in other.items()
+                )
+                raise ValueError(f"{folder} holds another sweep ({told}): choose another folder.")
+            if not resume:
+                raise ValueError(
+                    f"{folder} holds this sweep already: resume it (resume=True, --resume), or "
+                    "choose another folder."
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose a new folder.")
+        for name in ("shards", "vectors") if self.vectors else ("shards",):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("*/*.part"):
+            left_over.unlink()
+        tokens = pa.table({"token_id": range(len(labels)), "token": labels})
+        with writing(folder / TOKENS) as part:
+            pq.write_table(tokens, part)
+        with writing(folder / MANIFEST) as part:
+            part.write_text(json.dumps(asdict(self), indent=1))
+
+    def path(self, folder: Path, shard: Shard) -> Path:
+        return folder / "shards" / f"{shard.name}.parquet"
+
+    def vectors_path(self, folder: Path, shard: Shard) -> Path:
+        return folder / "vectors" / f"{shard.name}.safetensors"
+
+    def fault(self, folder: Path, shard: Shard, *, thorough: bool = False) -> str | None:
+        """What is wrong with a shard on disk, if anything.
+
+        Args:
+            thorough: read all of it, and compare checksums.
+        """
+        path = self.path(folder, shard)
+        if not path.is_file():
+            return "is missing"
+        try:
+            rows = pq.read_metadata(path).num_rows
+            if thorough:
+                pq.read_table(path, page_checksum_verification=True)
+            if self.vectors:
+                with safe_open(self.vectors_path(folder, shard), "pt") as file:
+                    file.get_slice("vectors")
+        except (pa.ArrowException, OSError, SafetensorError) as error:
+            return f"is damaged ({' '.join(str(error).split())[:80]})"
+        expected = (shard.stop - shard.start) * self.k
+        return None if rows == expected else f"has {rows} rows, not {expected}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` at the end, if nothing went wrong.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write {path}: {error.strerror or error}. What is whole there stays: make room "
+            "or choose another folder, and resume."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]}..."

@@ -1,0 +1,320 @@
+"""The eigenvector tables of a whole vocabulary: every output token, every layer, to Parquet.
+
+A sweep is cut into shards, of a layer and a block of output tokens each. A shard is one file, whole
+or absent, and that alone says what is still to do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bilinear_lens.analysis.cluster import run_tasks
+from bilinear_lens.analysis.search import Sweep, load_sweep
+from bilinear_lens.analysis.shards import SCHEMA, Manifest, Shard, writing
+from bilinear_lens.eigensolver import Eigensolver
+from bilinear_lens.kernels import fast_float32
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.models.vocabulary import Token
+from bilinear_lens.spectrum import Spectrum, coordinates, effective_ranks
+
+STEP = 256
+"""Outputs between two moves of the progress bar."""
+
+
+def sweep(
+    model: HookedBilinearTransformer | str | Path,
+    *,
+    out: str | Path,
+    layers: Sequence[int] | None = None,
+    outputs: Sequence[Token] | None = None,
+    k: int = 8,
+    n_tokens: int = 10,
+    contrast: Token | Literal["mean"] | None = "mean",
+    effective_rank: bool = False,
+    vectors: bool = False,
+    tol: float = 1e-5,
+    memory: int = 2**30,
+    resume: bool = False,
+    executor: Literal["local", "ray", "slurm"] | None = None,
+    workers: int = 1,
+    partition: str | None = None,
+    time: str | None = None,
+) -> Sweep | None:
+    """Decompose the interactions of many outputs, and list the tokens at their eigenvectors' ends.
+
+    The tables of `interactions`, for every token and layer; see `Sweep` for what can be asked of
+    them. Each eigenpair comes with its residual.
+
+    Args:
+        model: a model, or the name or folder of one; worker processes load it themselves.
+        out: a new folder, for a manifest and Parquet shards (`shards.SCHEMA`).
+        layers: by default all.
+        outputs: tokens; by default the whole vocabulary.
+        k: how many eigenvectors of each.
+        n_tokens: how many tokens at each end of an eigenvector.
+        contrast: what outputs are measured against, as in `output_direction`.
+        effective_rank: also that of each output's whole spectrum, which takes all eigenvalues.
+        vectors: also write the eigenvectors, as safetensors.
+        tol: the largest residual, as in `BilinearTensor.eigh`.
+        memory: bytes of working space beside the model, whatever the vocabulary; each worker's.
+        resume: go on with the sweep in `out`, which must be this one; damaged shards are redone.
+        executor: run shards in other processes, as in `cluster.run_tasks`, like the arguments
+            below. Without one they run here.
+
+    Returns:
+        The sweep; with "slurm" None, because it has only been submitted.
+
+    Raises:
+        ValueError: if a token, a layer, k or n_tokens is out of range; if `out` holds something
+            else, or cannot be written; if `memory` is too little for one direction.
+    """
+    if executor is not None and isinstance(model, HookedBilinearTransformer):
+        raise ValueError(
+            "Worker processes load the model themselves: save it (model.save_pretrained(folder)) "
+            "and give sweep the folder."
+        )
+    out, source = Path(out), None
+    if not isinstance(model, HookedBilinearTransformer):
+        source = str(model)
+        model = HookedBilinearTransformer.from_pretrained(source)
+    manifest = Manifest(
+        model=model.cfg.model_name,
+        source=source,
+        fingerprint=model.fingerprint(),
+        folded=model.folded,
+        layers=list(range(model.cfg.n_layers) if layers is None else layers),
+        outputs=_outputs(model, outputs, contrast),
+        contrast=contrast if contrast in ("mean", None) else model.token_id(contrast),
+        k=k,
+        n_tokens=n_tokens,
+        tol=tol,
+        dtype="float32",
+        effective_rank=effective_rank,
+        vectors=vectors,
+        bilinear_lens=version("bilinear-lens"),
+        torch=torch.__version__,
+    )
+    _check(model, manifest)
+    writer = Writer(model, manifest, out, memory)
+    writer.solver(manifest.layers[0])  # refuses too little memory before anything is written
+    manifest.begin(out, model.token_labels, resume=resume)
+    todo = []
+    for number, shard in enumerate(manifest.shards):
+        fault = manifest.fault(out, shard, thorough=True)
+        if fault is not None:
+            todo.append(number)
+            if fault != "is missing":
+                tqdm.write(f"{manifest.path(out, shard)} {fault}: it is made again.")
+    sizes = [manifest.shards[number].stop - manifest.shards[number].start for number in todo]
+    total = len(manifest.layers) * len(manifest.outputs)
+    with tqdm(total=total, initial=total - sum(sizes), desc="sweep", unit=" outputs") as bar:
+        if executor is None:
+            for number in todo:
+                writer(manifest.shards[number], bar.update)
+        elif todo:
+            assert source is not None
+            start, done = bar.n, [0, *np.cumsum(sizes).tolist()]
+            run_tasks(
+                Task(source, out.resolve(), memory),
+                todo,
+                executor=executor,
+                workers=workers,
+                logs=out / "logs",
+                partition=partition,
+                time=time,
+                progress=lambda n: bar.update(start + done[n] - bar.n),
+            )
+    return None if executor == "slurm" else load_sweep(out, model)
+
+
+def _outputs(
+    model: HookedBilinearTransformer,
+    outputs: Sequence[Token] | None,
+    contrast: Token | Literal["mean"] | None,
+) -> list[int]:
+    """Token ids, in order; of a whole vocabulary without the contrast, against which it is zero."""
+    if outputs is not None:
+        return [model.token_id(token) for token in outputs]
+    ids = list(range(model.cfg.d_vocab))
+    if contrast not in ("mean", None):
+        ids.remove(model.token_id(contrast))
+    return ids
+
+
+def _check(model: HookedBilinearTransformer, manifest: Manifest) -> None:
+    if not manifest.layers or not manifest.outputs:
+        raise ValueError("A sweep needs at least one layer and one output.")
+    for name in ("layers", "outputs"):
+        if len(set(getattr(manifest, name))) < len(getattr(manifest, name)):
+            raise ValueError(f"{name} holds something twice: give each once.")
+    for layer in manifest.layers:
+        d_in = model.bilinear_tensor(layer).d_in
+        if not 1 <= manifest.k <= d_in:
+            raise ValueError(f"k={manifest.k} must be between 1 and d_in={d_in}.")
+    if not 1 <= manifest.n_tokens <= model.cfg.d_vocab:
+        raise ValueError(f"n_tokens={manifest.n_tokens} must be between 1 and {model.cfg.d_vocab}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker process calls, with the number of a shard."""
+
+    source: str
+    out: Path
+    memory: int
+
+    def __call__(self, number: int) -> None:
+        writer = _writer(self)
+        writer(writer.manifest.shards[number], lambda n: None)
+
+
+@lru_cache(maxsize=1)
+def _writer(task: Task) -> "Writer":
+    manifest = Manifest.read(task.out)
+    model = HookedBilinearTransformer.from_pretrained(task.source)
+    if model.fingerprint() != manifest.fingerprint:
+        raise ValueError(f"{task.source} is not the model that {task.out} was begun with.")
+    return Writer(model, manifest, task.out, task.memory)
+
+
+class Ends(NamedTuple):
+    """The outermost tokens at both ends of eigenvectors, and their projections."""
+
+    top: Int[Tensor, "n k n_tokens"]
+    top_projections: Float[Tensor, "n k n_tokens"]
+    bottom: Int[Tensor, "n k n_tokens"]
+    bottom_projections: Float[Tensor, "n k n_tokens"]
+
+
+class Writer:
+    """Makes the shards of a sweep."""
+
+    def __init__(
+        self, model: HookedBilinearTransformer, manifest: Manifest, out: Path, memory: int
+    ) -> None:
+        self.model, self.manifest, self.out, self.memory = model, manifest, out, memory
+        self.labels = pa.array(model.token_labels)
+        # shards come layer by layer, and a layer's table may take most of the memory
+        self.solver = lru_cache(maxsize=1)(self._solver)
+
+    def _solver(self, layer: int) -> Eigensolver:
+        return self.model.bilinear_tensor(layer).eigensolver(
+            self.manifest.k,
+            n=len(self.manifest.outputs),
+            tol=self.manifest.tol,
+            memory=self.memory * 3 // 4,
+        )
+
+    @torch.no_grad()
+    def __call__(self, shard: Shard, progress: Callable[[int], object]) -> None:
+        """Write one shard; `progress` is told of every few hundred outputs.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        manifest, solver = self.manifest, self.solver(shard.layer)
+        tables, vectors = [], []
+        for start in range(shard.start, shard.stop, STEP):
+            outputs = manifest.outputs[start : min(start + STEP, shard.stop)]
+            directions = self.model.output_directions(outputs, manifest.contrast, layer=shard.layer)
+            spectrum = solver(directions)
+            norms = solver.norms(directions)
+            ranks = (
+                effective_ranks(solver.all_values(directions)) if manifest.effective_rank else None
+            )
+            ends, flip = self.ends(spectrum)
+            tables.append(self._table(shard.layer, outputs, spectrum, norms, ranks, ends))
+            if manifest.vectors:
+                vectors.append((spectrum.vectors * flip[:, None]).mT.contiguous())
+            progress(len(outputs))
+        if manifest.vectors:
+            with writing(manifest.vectors_path(self.out, shard)) as part:
+                save_file({"vectors": torch.cat(vectors)}, part)
+        with writing(manifest.path(self.out, shard)) as part:
+            pq.write_table(pa.concat_tables(tables), part, write_page_checksum=True)
+
+    def ends(self, spectrum: Spectrum) -> tuple[Ends, Float[Tensor, "n k"]]:
+        """The tokens at both ends, and the signs that make the largest projection positive.
+
+        Tokens come in blocks, so that memory does not grow with the vocabulary.
+        """
+        n_tokens, d_vocab = self.manifest.n_tokens, self.model.cfg.d_vocab
+        rows = spectrum.vectors.mT.flatten(0, 1)
+        block = max(n_tokens, self.memory // 8 // (8 * (len(rows) + rows.shape[1])))
+        found: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, d_vocab, block):
+            tokens = self.model.token_directions(range(start, min(start + block, d_vocab)))
+            with fast_float32():
+                projections = rows @ coordinates(tokens, spectrum.d_in, spectrum.affine).mT
+            for largest in (True, False):
+                best = projections.topk(min(n_tokens, len(tokens)), largest=largest)
+                found.append((best.values, best.indices + start))
+        merged = []
+        for largest, part in ((True, found[::2]), (False, found[1::2])):
+            values, ids = (torch.cat(each, dim=1) for each in zip(*part, strict=True))
+            best = values.topk(n_tokens, largest=largest)
+            shape = (*spectrum.values.shape, n_tokens)
+            merged += [ids.gather(1, best.indices).view(shape), best.values.view(shape)]
+        top, highest, bottom, lowest = merged
+        turned = (-lowest[..., :1] > highest[..., :1]).expand(shape)
+        ends = Ends(
+            torch.where(turned, bottom, top),
+            torch.where(turned, -lowest, highest),
+            torch.where(turned, top, bottom),
+            torch.where(turned, -highest, lowest),
+        )
+        return ends, torch.where(turned[..., 0], -1.0, 1.0).to(rows)
+
+    def _table(
+        self,
+        layer: int,
+        outputs: list[int],
+        spectrum: Spectrum,
+        norms: Float[Tensor, " n"],
+        ranks: Float[Tensor, " n"] | None,
+        ends: Ends,
+    ) -> pa.Table:
+        values, k = spectrum.values, spectrum.k
+        # a layer whose weights are zero writes nothing, and shares nothing
+        shares = (values.sign() * values**2 / norms[:, None] ** 2).nan_to_num()
+        assert spectrum.residuals is not None
+        ids = pa.array(np.repeat(np.array(outputs, dtype=np.int32), k))
+        columns = {
+            "layer": np.full(len(ids), layer, dtype=np.int16),
+            "token_id": ids,
+            "token": self.labels.take(ids),
+            "eigenvector": np.tile(np.arange(k, dtype=np.int16), len(outputs)),
+            "value": _numbers(values),
+            "share": _numbers(shares),
+            "residual": _numbers(spectrum.residuals),
+            "norm": _numbers(norms).repeat(k),
+            "effective_rank": pa.nulls(len(ids), pa.float32())
+            if ranks is None
+            else _numbers(ranks).repeat(k),
+        }
+        offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * self.manifest.n_tokens)
+        for end, tokens, projections in (("top", *ends[:2]), ("bottom", *ends[2:])):
+            flat = pa.array(tokens.flatten().int().cpu().numpy())
+            for what, entries in (
+                ("ids", flat),
+                ("tokens", self.labels.take(flat)),
+                ("projections", pa.array(_numbers(projections))),
+            ):
+                columns[f"{end}_{what}"] = pa.ListArray.from_arrays(offsets, entries)
+        return pa.table(columns, schema=SCHEMA)
+
+
+def _numbers(values: Tensor) -> np.ndarray:
+    return values.flatten().float().cpu().numpy()

@@ -1,0 +1,310 @@
+"""The leading eigenpairs of many interactions at once, with a residual for each.
+
+- the symmetric matrices stand as they are, or stay in a layer's factors
+- Chebyshev-filtered subspace iteration: each step is one batched product for all of them
+- what does not reach the tolerance goes to a dense decomposition
+- `plan` chooses the way by shape, number of pairs and memory
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilinear_lens.kernels import fast_float32
+from bilinear_lens.spectrum import Spectrum
+
+EXTRA = 8
+"""Columns of a block beyond k. An eigenvector is overlooked only if all columns miss it."""
+FRESH = 2
+"""Columns that the second pass draws anew, against a start that was blind to an eigenvector."""
+DEGREES = (6, 8) + 14 * (10,)
+"""Of each pass's filter: even, so that none maps an eigenvector to zero, and small, so that the
+columns of a block stay independent in float32."""
+TRIAL = 4
+"""Passes after which the pace of convergence is known."""
+CUT = 0.9
+"""A filter damps what is below this share of the k-th eigenvalue found so far."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """Symmetric matrices `Q[n] = sum_r weight[n, r] (left[r] right[r]^T + transpose) / 2`."""
+
+    left: Float[Tensor, "rank d"]
+    right: Float[Tensor, "rank d"]
+    weight: Float[Tensor, "n rank"]
+
+    def __getitem__(self, rows: Int[Tensor, " m"]) -> "Factored":
+        return Factored(self.left, self.right, self.weight[rows])
+
+    def __matmul__(self, block: Float[Tensor, "n d p"]) -> Float[Tensor, "n d p"]:
+        """Two products with the stacked factors, which all the matrices share."""
+        n, d, p = block.shape
+        factors = torch.cat([self.left, self.right])
+        inner = (factors @ block.movedim(1, 0).reshape(d, n * p)).view(2, -1, n, p)
+        inner = inner.flip(0) * (self.weight.mT[..., None] / 2)
+        return (factors.mT @ inner.view(-1, n * p)).view(d, n, p).movedim(0, 1)
+
+    def dense(self) -> Float[Tensor, "n d d"]:
+        half = (self.left.mT * self.weight[:, None, :]) @ self.right
+        return (half + half.mT) / 2
+
+
+class Plan(NamedTuple):
+    iterate: bool
+    """Filtered subspace iteration, or a dense decomposition."""
+    table: bool
+    """Whether matrices are rows of the symmetrised tensor `[d_out, d^2]`, computed once."""
+    factored: bool
+    """Whether an iteration starts with the factors, and forms the matrices it needs longer for."""
+    chunk: int
+    """Directions at a time."""
+
+
+def plan(n: int, d: int, rank: int, d_out: int, k: int, *, itemsize: int, memory: int) -> Plan:
+    """The cheapest way to the top `k` pairs of `n` directions that fits into `memory` bytes.
+
+    Raises:
+        ValueError: if not even one direction fits.
+    """
+    block = k + EXTRA
+    iterate = d >= 128 and 8 * k <= d
+    each = 4 * d * d + 8 * d * block
+    few = 16  # directions at a time, below which products are slow
+    table = n > d_out and itemsize * (d_out * d * d + few * each) <= memory
+    # a pass with the factors costs 4 rank d products a column, to form a matrix rank d^2
+    factored = iterate and not table and d > 32 * block
+    if not table:
+        each += rank * max(8 * block, d)
+    shared = d_out * d * d if table else 2 * rank * d
+    if memory < itemsize * (shared + each):
+        raise ValueError(
+            f"memory={memory} bytes is too little for one direction of this tensor: give at least "
+            f"{itemsize * (shared + each)}."
+        )
+    cached = max(few, 2**24 // (itemsize * d * d))  # more would leave the processor's cache
+    return Plan(iterate, table, factored, min(n, cached, (memory // itemsize - shared) // each))
+
+
+class Pairs(NamedTuple):
+    """Eigenpairs of each of `n` matrices."""
+
+    values: Float[Tensor, "n k"]
+    vectors: Float[Tensor, "n d k"]
+    residuals: Float[Tensor, "n k"]
+    """`||Q v - value v||`, relative to the largest magnitude of an eigenvalue."""
+
+
+class Eigensolver:
+    """Top eigenpairs of the interactions of one layer, for any number of directions.
+
+    Args:
+        affine: as in `Spectrum`.
+        gram: inner products between the output coordinates' interactions, `[d_out, d_out]`.
+        n: how many directions there will be, to choose the cheapest way.
+        k: how many pairs of each.
+        tol: largest `||Q v - value v||`, relative to `||Q||_2`, of a pair found by iteration.
+        memory: bytes of working space, beside the factors and what is returned.
+
+    Raises:
+        ValueError: if `memory` is too little for one direction.
+    """
+
+    def __init__(
+        self,
+        left: Float[Tensor, "rank d"],
+        right: Float[Tensor, "rank d"],
+        down: Float[Tensor, "d_out rank"],
+        *,
+        affine: bool = False,
+        gram: Float[Tensor, "d_out d_out"] | None = None,
+        n: int,
+        k: int,
+        tol: float = 1e-5,
+        memory: int = 2**30,
+    ) -> None:
+        self.down, self.affine, self.gram, self.k, self.tol = down, affine, gram, k, tol
+        self.span = None
+        rank = len(left)
+        if k <= 2 * rank < left.shape[1]:  # all eigenvectors lie in the span of the factors' rows
+            self.span, factors = torch.linalg.qr(torch.cat([left, right]).mT)
+            left, right = factors[:, :rank].mT, factors[:, rank:].mT
+        self.left, self.right, self.d = left, right, left.shape[1]
+        self.plan = plan(n, self.d, rank, len(down), k, itemsize=left.itemsize, memory=memory)
+        if self.plan.table:
+            self.table = left.new_empty(len(down), self.d**2)
+            for start in range(0, len(down), self.plan.chunk):
+                rows = slice(start, start + self.plan.chunk)
+                self.table[rows] = Factored(left, right, down[rows]).dense().flatten(1)
+
+    @torch.no_grad()
+    def __call__(self, directions: Float[Tensor, "n d_out"]) -> Spectrum:
+        """The spectrum of each direction, with residuals."""
+        with fast_float32():
+            parts = [self._chunk(chunk) for chunk in directions.split(self.plan.chunk)]
+            values, vectors, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
+            if self.span is not None:
+                vectors = self.span @ vectors
+        return Spectrum.signed(values, vectors, affine=self.affine, residuals=residuals)
+
+    @torch.no_grad()
+    def all_values(self, directions: Float[Tensor, "n d_out"]) -> Float[Tensor, "n all"]:
+        """All eigenvalues that can differ from zero, in no order: a dense decomposition."""
+        with fast_float32():
+            parts = [
+                torch.linalg.eigvalsh(self._matrices(chunk))
+                for chunk in directions.split(self.plan.chunk)
+            ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def norms(self, directions: Float[Tensor, "n d_out"]) -> Float[Tensor, " n"]:
+        """The Frobenius norms of the interactions."""
+        if self.gram is None:
+            parts = directions.split(self.plan.chunk)
+            return torch.cat([self._matrices(part).flatten(1).norm(dim=1) for part in parts])
+        exact = directions.to(self.gram)
+        return ((exact @ self.gram) * exact).sum(1).clamp(min=0).sqrt().to(directions)
+
+    def _matrices(self, directions: Tensor) -> Tensor:
+        if self.plan.table:
+            return (directions @ self.table).view(-1, self.d, self.d)
+        return Factored(self.left, self.right, directions @ self.down).dense()
+
+    def _chunk(self, directions: Tensor) -> Pairs:
+        if not self.plan.iterate:
+            return decompose(self._matrices(directions), self.k)
+        norms = None if self.gram is None else self.norms(directions)
+        if self.plan.factored:
+            factored = Factored(self.left, self.right, directions @ self.down)
+            return iterate(factored, self.k, self.tol, norms)
+        return iterate(self._matrices(directions), self.k, self.tol, norms)
+
+
+@dataclass(frozen=True, eq=False)
+class Ritz:
+    """The best approximate eigenpairs within a block, and the products `Q vectors`."""
+
+    values: Float[Tensor, "n p"]
+    vectors: Float[Tensor, "n d p"]
+    products: Float[Tensor, "n d p"]
+
+    @classmethod
+    def of(cls, matrices: Tensor | Factored, block: Float[Tensor, "n d p"]) -> "Ritz":
+        block = orthonormal(block)
+        products = matrices @ block
+        inner = block.mT @ products
+        small = Spectrum.of((inner + inner.mT) / 2)
+        return cls(small.values, block @ small.vectors, products @ small.vectors)
+
+    def select(self, rows: Int[Tensor, " m"]) -> "Ritz":
+        return Ritz(self.values[rows], self.vectors[rows], self.products[rows])
+
+    def pairs(self, k: int) -> Pairs:
+        values, vectors = self.values[:, :k], self.vectors[..., :k]
+        errors = (self.products[..., :k] - vectors * values[:, None]).norm(dim=1)
+        tiny = torch.finfo(errors.dtype).tiny
+        return Pairs(values, vectors, errors / values[:, :1].abs().clamp(min=tiny))
+
+
+def decompose(matrices: Float[Tensor, "n d d"], k: int) -> Pairs:
+    """The top `k` pairs of symmetric matrices, by a dense decomposition."""
+    top = Spectrum.of(matrices).top(k)
+    return Ritz(top.values, top.vectors, matrices @ top.vectors).pairs(k)
+
+
+def iterate(
+    matrices: Float[Tensor, "n d d"] | Factored,
+    k: int,
+    tol: float,
+    norms: Float[Tensor, " n"] | None = None,
+) -> Pairs:
+    """The top `k` pairs by filtered subspace iteration, and dense where that does not converge.
+
+    Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using
+    Chebyshev-filtered subspace iteration" (2006), with an even filter, because both signs count.
+
+    Args:
+        norms: Frobenius norms. Where what they leave beside the block is less than the k-th
+            eigenvalue, none can have been overlooked, and one pass may do.
+    """
+    weight = matrices.weight if isinstance(matrices, Factored) else matrices
+    n, d = len(weight), (matrices.left if isinstance(matrices, Factored) else matrices).shape[1]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(d, k + EXTRA + FRESH, generator=generator).to(weight)
+    start, fresh = start[:, FRESH:], start[:, :FRESH]
+    ritz = Ritz.of(matrices, matrices @ start.expand(n, -1, -1))
+    found = Pairs(*(part.clone() for part in ritz.pairs(k)))
+    live = torch.arange(n, device=weight.device)
+    worst = found.residuals.amax(1)
+    for i, degree in enumerate(DEGREES):
+        if i == 1:
+            block = torch.cat([ritz.vectors[..., :-FRESH], fresh.expand(len(live), -1, -1)], dim=-1)
+            ritz = Ritz(ritz.values, block, matrices @ block)
+        ritz = Ritz.of(matrices, chebyshev(matrices, ritz, k, degree))
+        pairs = ritz.pairs(k)
+        for whole, part in zip(found, pairs, strict=True):
+            whole[live] = part
+        before, worst = worst, pairs.residuals.amax(1)
+        done = worst <= tol
+        if i == 0 and norms is None:
+            done[:] = False
+        elif i == 0:
+            # to the digits that float32 leaves of the difference
+            beside = norms**2 * (1 + 1e-5) - ritz.values.square().sum(1)
+            done &= beside < ritz.values[:, k - 1].square()
+        passes = ((worst / tol).log() / (before / worst).log()).nan_to_num()
+        passes = passes.where(worst < before, len(DEGREES)).clamp(min=1)
+        hopeless = ~done & (passes > len(DEGREES) - 1 - i)
+        if i + 1 >= TRIAL and hopeless.any():
+            rows = hopeless.nonzero()[:, 0]
+            rest = matrices[rows]
+            rest = rest.dense() if isinstance(rest, Factored) else rest
+            for whole, part in zip(found, decompose(rest, k), strict=True):
+                whole[live[rows]] = part
+            done |= hopeless
+        left = (~done).nonzero()[:, 0]
+        if len(left) == 0:
+            break
+        if len(left) < 0.8 * len(live):  # a copy of the matrices costs about a product
+            live, matrices, ritz, worst = live[left], matrices[left], ritz.select(left), worst[left]
+            passes = passes[left]
+        # a product with the factors costs 4 rank d a column, a matrix rank d^2, once
+        if isinstance(matrices, Factored) and 4 * start.shape[1] * degree * passes.median() > d:
+            matrices = matrices.dense()
+    return found
+
+
+def chebyshev(
+    matrices: Float[Tensor, "n d d"] | Factored, ritz: Ritz, k: int, degree: int
+) -> Float[Tensor, "n d p"]:
+    """The block times a Chebyshev polynomial, at most 1 below a share of the k-th eigenvalue.
+
+    Of steep spectra the degree is less: what a column has of the first eigenvector by rounding
+    must not outgrow the rest of it.
+    """
+    values = ritz.values.abs()
+    cut = torch.maximum(CUT * values[:, k - 1], values[:, -1])
+    cut = cut.maximum(1e-6 * values[:, 0]).clamp(min=1e-30)
+    growth = (values[:, 0] / cut).clamp(min=1.01).acosh()  # of its logarithm, by degree
+    degrees = (25 / growth / 2).floor().clamp(1, degree // 2) * 2
+    scale, degrees = (1 / cut)[:, None, None], degrees[:, None, None]
+    previous, block = ritz.vectors, ritz.products * scale
+    for reached in range(1, degree):
+        following = matrices @ (block * (2 * scale)) - previous
+        previous, block = block, torch.where(reached < degrees, following, block)
+    return block
+
+
+def orthonormal(block: Float[Tensor, "n d p"]) -> Float[Tensor, "n d p"]:
+    """Orthonormal columns with the same span, by Cholesky twice; by QR where columns depend."""
+    block = block / block.norm(dim=1, keepdim=True).clamp(min=torch.finfo(block.dtype).tiny)
+    for _ in range(2):
+        factor, failed = torch.linalg.cholesky_ex(block.mT @ block)
+        if failed.any():
+            return torch.linalg.qr(block).Q
+        block = torch.linalg.solve_triangular(factor, block.mT, upper=False).mT
+    return block
