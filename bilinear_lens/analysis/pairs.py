@@ -200,14 +200,15 @@ class _Bound:
     def survivors(
         self, top: int, left: int, least: float
     ) -> tuple[Int[Tensor, " hits"], Int[Tensor, " hits"]] | None:
-        """The pairs of a block that can reach `least`; None if they are too many to list."""
+        """The pairs of a block that can exceed `least`; None if they are too many to list."""
         least /= self.scale
         rows, columns = slice(top, top + ROWS), slice(left, left + COLUMNS)
-        if self.reach[rows].max() * self.reach[columns].max() < least:
+        if self.reach[rows].max() * self.reach[columns].max() <= least:
             return self.order[:0], self.order[:0]
         # with fewer coordinates too many pairs pass, with more the products cost too much
         last = len(self.widths) - 1
-        narrow = min(int((self.typical_rests.square() > 0.55 * least).sum()), last)
+        narrow = int((self.typical_rests.square() > 0.55 * least).sum())
+        narrow = last if narrow > last // 2 else narrow
         for width in sorted({narrow, last}):
             hits = self._passing(rows, columns, width, least)
             if hits is not None:
