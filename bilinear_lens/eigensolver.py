@@ -14,19 +14,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilinear_lens.kernels import fast_float32
-from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.spectrum import Spectrum, eigh_by_magnitude
 
 EXTRA = 8
 """Columns of a block beyond k. An eigenvector is overlooked only if all columns miss it."""
-FRESH = 2
-"""Columns that the second pass draws anew, against a start that was blind to an eigenvector."""
-DEGREES = (6, 8) + 14 * (10,)
+DEGREES = (6, 10, *13 * (12,))
 """Of each pass's filter: even, so that none maps an eigenvector to zero, and small, so that the
 columns of a block stay independent in float32."""
-TRIAL = 4
-"""Passes after which the pace of convergence is known."""
-CUT = 0.9
+CUT = 0.85
 """A filter damps what is below this share of the k-th eigenvalue found so far."""
+FRESH, FRESH_PASS = 2, 2
+"""Columns drawn anew, and before which pass, against a start that was blind to an eigenvector."""
+TRIAL = 4
+"""Passes after which the pace of convergence tells who will not get there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +139,8 @@ class Eigensolver:
             for start in range(0, len(down), self.plan.chunk):
                 rows = slice(start, start + self.plan.chunk)
                 self.table[rows] = Factored(left, right, down[rows]).dense().flatten(1)
+            # one place for all chunks' matrices: fresh pages cost as much as the product
+            self.buffer = left.new_empty(self.plan.chunk, self.d**2)
 
     @torch.no_grad()
     def __call__(self, directions: Float[Tensor, "n d_out"]) -> Spectrum:
@@ -171,7 +173,8 @@ class Eigensolver:
 
     def _matrices(self, directions: Tensor) -> Tensor:
         if self.plan.table:
-            return (directions @ self.table).view(-1, self.d, self.d)
+            buffer = self.buffer[: len(directions)]
+            return torch.mm(directions, self.table, out=buffer).view(-1, self.d, self.d)
         return Factored(self.left, self.right, directions @ self.down).dense()
 
     def _chunk(self, directions: Tensor) -> Pairs:
@@ -197,8 +200,8 @@ class Ritz:
         block = orthonormal(block)
         products = matrices @ block
         inner = block.mT @ products
-        small = Spectrum.of((inner + inner.mT) / 2)
-        return cls(small.values, block @ small.vectors, products @ small.vectors)
+        values, vectors = eigh_by_magnitude((inner + inner.mT) / 2)
+        return cls(values, block @ vectors, products @ vectors)
 
     def select(self, rows: Int[Tensor, " m"]) -> "Ritz":
         return Ritz(self.values[rows], self.vectors[rows], self.products[rows])
@@ -241,7 +244,7 @@ def iterate(
     live = torch.arange(n, device=weight.device)
     worst = found.residuals.amax(1)
     for i, degree in enumerate(DEGREES):
-        if i == 1:
+        if i == FRESH_PASS:
             block = torch.cat([ritz.vectors[..., :-FRESH], fresh.expand(len(live), -1, -1)], dim=-1)
             ritz = Ritz(ritz.values, block, matrices @ block)
         ritz = Ritz.of(matrices, chebyshev(matrices, ritz, k, degree))
@@ -250,9 +253,9 @@ def iterate(
             whole[live] = part
         before, worst = worst, pairs.residuals.amax(1)
         done = worst <= tol
-        if i == 0 and norms is None:
+        if i < FRESH_PASS and norms is None:
             done[:] = False
-        elif i == 0:
+        elif i < FRESH_PASS:
             # to the digits that float32 leaves of the difference
             beside = norms**2 * (1 + 1e-5) - ritz.values.square().sum(1)
             done &= beside < ritz.values[:, k - 1].square()
@@ -292,10 +295,13 @@ def chebyshev(
     growth = (values[:, 0] / cut).clamp(min=1.01).acosh()  # of its logarithm, by degree
     degrees = (25 / growth / 2).floor().clamp(1, degree // 2) * 2
     scale, degrees = (1 / cut)[:, None, None], degrees[:, None, None]
+    least = int(degrees.min())
     previous, block = ritz.vectors, ritz.products * scale
     for reached in range(1, degree):
-        following = matrices @ (block * (2 * scale)) - previous
-        previous, block = block, torch.where(reached < degrees, following, block)
+        following = (matrices @ (block * (2 * scale))).sub_(previous)
+        if reached >= least:
+            following = torch.where(reached < degrees, following, block)
+        previous, block = block, following
     return block
 
 

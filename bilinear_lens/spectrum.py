@@ -39,15 +39,7 @@ class Spectrum:
     @classmethod
     def of(cls, matrix: Float[Tensor, "*batch d d"], *, affine: bool = False) -> "Spectrum":
         """All eigenpairs of symmetric matrices."""
-        values, vectors = torch.linalg.eigh(matrix)
-        # flipped, so that of +a and -a the positive one comes first, whatever the size
-        values, vectors = values.flip(-1), vectors.flip(-1)
-        order = values.abs().argsort(dim=-1, descending=True, stable=True)
-        return cls.signed(
-            values.gather(-1, order),
-            vectors.gather(-1, order[..., None, :].expand_as(vectors)),
-            affine=affine,
-        )
+        return cls.signed(*eigh_by_magnitude(matrix), affine=affine)
 
     @classmethod
     def signed(
@@ -164,6 +156,17 @@ class Spectrum:
 def effective_ranks(values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
     """`Spectrum.effective_rank` of eigenvalues alone."""
     return values.abs().sum(-1) ** 2 / (values**2).sum(-1)
+
+
+def eigh_by_magnitude(
+    matrix: Float[Tensor, "*batch d d"],
+) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
+    """Eigenvalues and eigenvectors of symmetric matrices, largest magnitude first."""
+    values, vectors = torch.linalg.eigh(matrix)
+    # flipped, so that of +a and -a the positive one comes first, whatever the size
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    order = values.abs().argsort(dim=-1, descending=True, stable=True)
+    return values.gather(-1, order), vectors.gather(-1, order[..., None, :].expand_as(vectors))
 
 
 def coordinates(
