@@ -6,6 +6,7 @@
 - `plan` chooses the way by shape, number of pairs and memory
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from bilinear_lens.kernels import fast_float32
 from bilinear_lens.spectrum import Spectrum, eigh_by_magnitude
 
-EXTRA = 8
-"""Columns of a block beyond k. An eigenvector is overlooked only if all columns miss it."""
-DEGREES = (6, 10, *13 * (12,))
+EXTRA, EXTRA_WIDE, WIDE = 8, 24, 512
+"""Columns of a block beyond k, and from which size on it has more: there a product costs no less
+with fewer. An eigenvector is overlooked only if all columns miss it."""
+DEGREES = (8, 10, *13 * (12,))
 """Of each pass's filter: even, so that none maps an eigenvector to zero, and small, so that the
 columns of a block stay independent in float32."""
 CUT = 0.85
@@ -33,24 +35,29 @@ TRIAL = 4
 class Factored:
     """Symmetric matrices `Q[n] = sum_r weight[n, r] (left[r] right[r]^T + transpose) / 2`."""
 
-    left: Float[Tensor, "rank d"]
-    right: Float[Tensor, "rank d"]
+    factors: Float[Tensor, "two_rank d"]
+    """`left`, then `right`."""
     weight: Float[Tensor, "n rank"]
 
-    def __getitem__(self, rows: Int[Tensor, " m"]) -> "Factored":
-        return Factored(self.left, self.right, self.weight[rows])
+    def __getitem__(self, rows: Int[Tensor, " m"] | slice) -> "Factored":
+        return Factored(self.factors, self.weight[rows])
 
     def __matmul__(self, block: Float[Tensor, "n d p"]) -> Float[Tensor, "n d p"]:
-        """Two products with the stacked factors, which all the matrices share."""
+        """Two products with the factors, which all the matrices share."""
         n, d, p = block.shape
-        factors = torch.cat([self.left, self.right])
-        inner = (factors @ block.movedim(1, 0).reshape(d, n * p)).view(2, -1, n, p)
-        inner = inner.flip(0) * (self.weight.mT[..., None] / 2)
-        return (factors.mT @ inner.view(-1, n * p)).view(d, n, p).movedim(0, 1)
+        inner = (self.factors @ block.movedim(1, 0).reshape(d, n * p)).view(2, -1, n, p)
+        inner = inner.flip(0).mul_(self.weight.mT[..., None] / 2)
+        return (self.factors.mT @ inner.view(-1, n * p)).view(d, n, p).movedim(0, 1)
 
     def dense(self) -> Float[Tensor, "n d d"]:
-        half = (self.left.mT * self.weight[:, None, :]) @ self.right
-        return (half + half.mT) / 2
+        left, right = self.factors.chunk(2)
+        matrices = self.weight.new_empty(len(self.weight), left.shape[1], left.shape[1])
+        scaled, half = torch.empty_like(left), torch.empty_like(matrices[0])
+        for matrix, weight in zip(matrices, self.weight, strict=True):
+            torch.mul(left, weight[:, None], out=scaled)
+            torch.mm(scaled.mT, right, out=half)
+            torch.add(half, half.mT, out=matrix).div_(2)
+        return matrices
 
 
 class Plan(NamedTuple):
@@ -60,8 +67,10 @@ class Plan(NamedTuple):
     """Whether matrices are rows of the symmetrised tensor `[d_out, d^2]`, computed once."""
     factored: bool
     """Whether an iteration starts with the factors, and forms the matrices it needs longer for."""
+    group: int
+    """Directions whose matrices are formed at a time."""
     chunk: int
-    """Directions at a time."""
+    """Directions of a group that are decomposed at a time."""
 
 
 def plan(n: int, d: int, rank: int, d_out: int, k: int, *, itemsize: int, memory: int) -> Plan:
@@ -70,23 +79,35 @@ def plan(n: int, d: int, rank: int, d_out: int, k: int, *, itemsize: int, memory
     Raises:
         ValueError: if not even one direction fits.
     """
-    block = k + EXTRA
+    block = block_size(k, d)
     iterate = d >= 128 and 8 * k <= d
-    each = 4 * d * d + 8 * d * block
-    few = 16  # directions at a time, below which products are slow
-    table = n > d_out and itemsize * (d_out * d * d + few * each) <= memory
+    cached = max(16, 2**24 // (itemsize * d * d))  # more would leave the processor's cache
+    # reading the table once for every direction would take longer than multiplying
+    group, matrix = 4 * cached, d * d
+    each = 3 * d * d + 8 * d * block  # of a chunk
+    table = n > d_out and itemsize * (d_out * d * d + group * matrix + 16 * each) <= memory
     # a pass with the factors costs 4 rank d products a column, to form a matrix rank d^2
     factored = iterate and not table and d > 32 * block
     if not table:
-        each += rank * max(8 * block, d)
-    shared = d_out * d * d if table else 2 * rank * d
-    if memory < itemsize * (shared + each):
+        group, matrix = cached, d * d
+    if factored:
+        group = matrix = 0
+        each += d * d + 4 * rank * block
+    shared = d_out * d * d if table else 3 * rank * d + d * d
+    room = memory // itemsize - shared
+    chunk = min(n, cached, max(0, room) // (matrix + each))
+    if chunk < 1:
         raise ValueError(
             f"memory={memory} bytes is too little for one direction of this tensor: give at least "
-            f"{itemsize * (shared + each)}."
+            f"{itemsize * (shared + matrix + each)}."
         )
-    cached = max(few, 2**24 // (itemsize * d * d))  # more would leave the processor's cache
-    return Plan(iterate, table, factored, min(n, cached, (memory // itemsize - shared) // each))
+    if not factored:
+        group = min(n, group, chunk + (room - chunk * (matrix + each)) // matrix)
+    return Plan(iterate, table, factored, max(group, chunk), chunk)
+
+
+def block_size(k: int, d: int) -> int:
+    return k + (EXTRA if d < WIDE else EXTRA_WIDE)
 
 
 class Pairs(NamedTuple):
@@ -132,21 +153,29 @@ class Eigensolver:
         if k <= 2 * rank < left.shape[1]:  # all eigenvectors lie in the span of the factors' rows
             self.span, factors = torch.linalg.qr(torch.cat([left, right]).mT)
             left, right = factors[:, :rank].mT, factors[:, rank:].mT
-        self.left, self.right, self.d = left, right, left.shape[1]
+        self.factors, self.d = torch.cat([left, right]), left.shape[1]
         self.plan = plan(n, self.d, rank, len(down), k, itemsize=left.itemsize, memory=memory)
         if self.plan.table:
             self.table = left.new_empty(len(down), self.d**2)
-            for start in range(0, len(down), self.plan.chunk):
-                rows = slice(start, start + self.plan.chunk)
-                self.table[rows] = Factored(left, right, down[rows]).dense().flatten(1)
-            # one place for all chunks' matrices: fresh pages cost as much as the product
-            self.buffer = left.new_empty(self.plan.chunk, self.d**2)
+            with fast_float32(), torch.no_grad():
+                for start in range(0, len(down), self.plan.group):
+                    rows = slice(start, start + self.plan.group)
+                    self.table[rows] = Factored(self.factors, down[rows]).dense().flatten(1)
+            # one place for every group's matrices: fresh pages cost as much as the product
+            self.buffer = left.new_empty(self.plan.group, self.d**2)
+        self.fall = None
+        if self.plan.iterate and gram is not None:
+            # how far a spectrum falls hardly differs between the directions of a layer
+            some = torch.eye(len(down), dtype=down.dtype, device=down.device)[:: len(down) // 8]
+            last = self(some).values[:, -1].abs() / self.norms(some)
+            self.fall = last.median().item()
 
     @torch.no_grad()
     def __call__(self, directions: Float[Tensor, "n d_out"]) -> Spectrum:
         """The spectrum of each direction, with residuals."""
         with fast_float32():
-            parts = [self._chunk(chunk) for chunk in directions.split(self.plan.chunk)]
+            groups = directions.split(self.plan.group)
+            parts = [pairs for group in groups for pairs in self._group(group)]
             values, vectors, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
             if self.span is not None:
                 vectors = self.span @ vectors
@@ -175,16 +204,23 @@ class Eigensolver:
         if self.plan.table:
             buffer = self.buffer[: len(directions)]
             return torch.mm(directions, self.table, out=buffer).view(-1, self.d, self.d)
-        return Factored(self.left, self.right, directions @ self.down).dense()
+        return Factored(self.factors, directions @ self.down).dense()
 
-    def _chunk(self, directions: Tensor) -> Pairs:
-        if not self.plan.iterate:
-            return decompose(self._matrices(directions), self.k)
+    def _group(self, directions: Tensor) -> Iterator[Pairs]:
+        matrices = (
+            Factored(self.factors, directions @ self.down)
+            if self.plan.factored
+            else self._matrices(directions)
+        )
         norms = None if self.gram is None else self.norms(directions)
-        if self.plan.factored:
-            factored = Factored(self.left, self.right, directions @ self.down)
-            return iterate(factored, self.k, self.tol, norms)
-        return iterate(self._matrices(directions), self.k, self.tol, norms)
+        for rows in torch.arange(len(directions), device=directions.device).split(self.plan.chunk):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            if self.plan.iterate:
+                some = None if norms is None else norms[first:last]
+                yield iterate(matrices[first:last], self.k, self.tol, some, self.fall)
+            else:
+                assert isinstance(matrices, Tensor)
+                yield decompose(matrices[first:last], self.k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +232,10 @@ class Ritz:
     products: Float[Tensor, "n d p"]
 
     @classmethod
-    def of(cls, matrices: Tensor | Factored, block: Float[Tensor, "n d p"]) -> "Ritz":
-        block = orthonormal(block)
+    def of(
+        cls, matrices: Tensor | Factored, block: Float[Tensor, "n d p"], *, twice: bool = False
+    ) -> "Ritz":
+        block = orthonormal(block, twice=twice)
         products = matrices @ block
         inner = block.mT @ products
         values, vectors = eigh_by_magnitude((inner + inner.mT) / 2)
@@ -205,6 +243,12 @@ class Ritz:
 
     def select(self, rows: Int[Tensor, " m"]) -> "Ritz":
         return Ritz(self.values[rows], self.vectors[rows], self.products[rows])
+
+    def cut(self, k: int) -> Float[Tensor, " n"]:
+        """Below what the next filter damps."""
+        values = self.values.abs()
+        cut = torch.maximum(CUT * values[:, k - 1], values[:, -1])
+        return cut.maximum(1e-6 * values[:, 0]).clamp(min=1e-30)
 
     def pairs(self, k: int) -> Pairs:
         values, vectors = self.values[:, :k], self.vectors[..., :k]
@@ -224,6 +268,7 @@ def iterate(
     k: int,
     tol: float,
     norms: Float[Tensor, " n"] | None = None,
+    fall: float | None = None,
 ) -> Pairs:
     """The top `k` pairs by filtered subspace iteration, and dense where that does not converge.
 
@@ -233,21 +278,28 @@ def iterate(
     Args:
         norms: Frobenius norms. Where what they leave beside the block is less than the k-th
             eigenvalue, none can have been overlooked, and one pass may do.
+        fall: what share of its norm a matrix's k-th eigenvalue may be expected to be.
     """
     weight = matrices.weight if isinstance(matrices, Factored) else matrices
-    n, d = len(weight), (matrices.left if isinstance(matrices, Factored) else matrices).shape[1]
+    n, d = len(weight), (matrices.factors if isinstance(matrices, Factored) else matrices).shape[1]
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(d, k + EXTRA + FRESH, generator=generator).to(weight)
+    start = torch.randn(d, block_size(k, d) + FRESH, generator=generator).to(weight)
     start, fresh = start[:, FRESH:], start[:, :FRESH]
-    ritz = Ritz.of(matrices, matrices @ start.expand(n, -1, -1))
-    found = Pairs(*(part.clone() for part in ritz.pairs(k)))
-    live = torch.arange(n, device=weight.device)
-    worst = found.residuals.amax(1)
+    block = start.expand(n, -1, -1)
+    ritz = Ritz(block[:, 0], block, matrices @ block)
+    if norms is None or fall is None:
+        ritz = Ritz.of(matrices, ritz.products)
+        cut, largest = ritz.cut(k), ritz.values[:, 0].abs()
+    else:
+        cut, largest = CUT * fall * norms, norms
+    found = Pairs(*(torch.empty_like(part) for part in ritz.pairs(k)))
+    live, worst = torch.arange(n, device=weight.device), weight.new_ones(n)
     for i, degree in enumerate(DEGREES):
         if i == FRESH_PASS:
             block = torch.cat([ritz.vectors[..., :-FRESH], fresh.expand(len(live), -1, -1)], dim=-1)
             ritz = Ritz(ritz.values, block, matrices @ block)
-        ritz = Ritz.of(matrices, chebyshev(matrices, ritz, k, degree))
+        ritz = Ritz.of(matrices, chebyshev(matrices, ritz, cut, largest, degree), twice=i > 0)
+        cut, largest = ritz.cut(k), ritz.values[:, 0].abs()
         pairs = ritz.pairs(k)
         for whole, part in zip(found, pairs, strict=True):
             whole[live] = part
@@ -273,8 +325,8 @@ def iterate(
         if len(left) == 0:
             break
         if len(left) < 0.8 * len(live):  # a copy of the matrices costs about a product
-            live, matrices, ritz, worst = live[left], matrices[left], ritz.select(left), worst[left]
-            passes = passes[left]
+            live, matrices, ritz = live[left], matrices[left], ritz.select(left)
+            cut, largest, worst, passes = (each[left] for each in (cut, largest, worst, passes))
         # a product with the factors costs 4 rank d a column, a matrix rank d^2, once
         if isinstance(matrices, Factored) and 4 * start.shape[1] * degree * passes.median() > d:
             matrices = matrices.dense()
@@ -282,17 +334,18 @@ def iterate(
 
 
 def chebyshev(
-    matrices: Float[Tensor, "n d d"] | Factored, ritz: Ritz, k: int, degree: int
+    matrices: Float[Tensor, "n d d"] | Factored,
+    ritz: Ritz,
+    cut: Float[Tensor, " n"],
+    largest: Float[Tensor, " n"],
+    degree: int,
 ) -> Float[Tensor, "n d p"]:
-    """The block times a Chebyshev polynomial, at most 1 below a share of the k-th eigenvalue.
+    """The block times a Chebyshev polynomial, which is at most 1 below `cut`.
 
-    Of steep spectra the degree is less: what a column has of the first eigenvector by rounding
+    Of steep spectra the degree is less: what a column has of the largest eigenvector by rounding
     must not outgrow the rest of it.
     """
-    values = ritz.values.abs()
-    cut = torch.maximum(CUT * values[:, k - 1], values[:, -1])
-    cut = cut.maximum(1e-6 * values[:, 0]).clamp(min=1e-30)
-    growth = (values[:, 0] / cut).clamp(min=1.01).acosh()  # of its logarithm, by degree
+    growth = (largest / cut).clamp(min=1.01).acosh()  # of its logarithm, by degree
     degrees = (25 / growth / 2).floor().clamp(1, degree // 2) * 2
     scale, degrees = (1 / cut)[:, None, None], degrees[:, None, None]
     least = int(degrees.min())
@@ -305,10 +358,13 @@ def chebyshev(
     return block
 
 
-def orthonormal(block: Float[Tensor, "n d p"]) -> Float[Tensor, "n d p"]:
-    """Orthonormal columns with the same span, by Cholesky twice; by QR where columns depend."""
-    block = block / block.norm(dim=1, keepdim=True).clamp(min=torch.finfo(block.dtype).tiny)
-    for _ in range(2):
+def orthonormal(block: Float[Tensor, "n d p"], *, twice: bool = False) -> Float[Tensor, "n d p"]:
+    """Orthonormal columns with the same span, by Cholesky; by QR where columns depend.
+
+    Once leaves what the condition of the columns costs, twice is as good as QR.
+    """
+    block = block / block.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    for _ in range(1 + twice):
         factor, failed = torch.linalg.cholesky_ex(block.mT @ block)
         if failed.any():
             return torch.linalg.qr(block).Q

@@ -113,7 +113,10 @@ def factors(d: int, rank: int, d_out: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 def test_matrices_in_factors_act_as_the_dense_ones():
     left, right, weight = factors(D, 300, 5)
-    matrices = Factored(left, right, weight)
+    matrices = Factored(torch.cat([left, right]), weight)
+    torch.testing.assert_close(
+        matrices.dense()[2], BilinearTensor(left, right, weight).interaction(2)
+    )
     block = torch.randn(5, D, 3, generator=generator())
     torch.testing.assert_close(matrices @ block, matrices.dense() @ block, rtol=1e-4, atol=1e-4)
     rows = torch.tensor([3, 1])
@@ -122,7 +125,8 @@ def test_matrices_in_factors_act_as_the_dense_ones():
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_factors_give_the_same_pairs(norms):
-    matrices = Factored(*factors(D, 300, 6))
+    left, right, weight = factors(D, 300, 6)
+    matrices = Factored(torch.cat([left, right]), weight)
     dense = matrices.dense()
     check(iterate(matrices, K, TOL, dense.flatten(1).norm(dim=1) if norms else None), dense)
 
@@ -196,17 +200,19 @@ def test_the_dense_way_takes_what_does_not_converge(monkeypatch):
 
 def test_the_plan_follows_shape_pairs_and_memory():
     wide = {"d": 1024, "rank": 4096, "d_out": 1024, "itemsize": 4}
+    widest = {"d": 4096, "rank": 11_008, "d_out": 4096, "itemsize": 4}
     narrow = {"d": 256, "rank": 1024, "d_out": 256, "itemsize": 4}
     assert plan(4096, k=8, memory=2**30, **narrow).table
     assert not plan(200, k=8, memory=2**30, **narrow).table  # fewer directions than outputs
     assert not plan(4096, k=8, memory=2**26, **narrow).table
     assert not plan(4096, k=64, memory=2**30, **narrow).iterate
     assert not plan(4096, k=8, memory=2**30, d=64, rank=256, d_out=64, itemsize=4).iterate
-    assert plan(32_000, k=8, memory=2**30, **wide).factored
+    assert plan(32_000, k=8, memory=2**31, **widest).factored
+    assert not plan(32_000, k=8, memory=2**30, **wide).factored
     assert plan(32_000, k=8, memory=2**33, **wide).table
     for memory in (2**27, 2**28, 2**30):
         chosen = plan(32_000, k=8, memory=memory, **wide)
-        assert chosen.chunk * 4 * 1024**2 * 4 < memory
+        assert (chosen.group + 3 * chosen.chunk) * 1024**2 * 4 < memory
 
 
 def test_too_little_memory_says_how_much_is_needed(as_users):
