@@ -32,7 +32,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_the_demo_shows_a_table_its_proof_and_a_page(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "CURVE_TEXTS", 20)  # the whole demo is the README's first command
+    monkeypatch.setattr(cli.lens, "CURVE_TEXTS", 20)  # the whole demo is the README's first command
     code, out, _ = run("demo")
     assert code == 0
     assert "' named' - mean, written by layer 0 of tinystories-1l" in out

@@ -1,0 +1,187 @@
+"""Commands that train: language, vision."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import bilinear_lens as bl
+from bilinear_lens.models.fitting import FitRecipe
+from bilinear_lens.training.language import LanguageRecipe, train_language
+from bilinear_lens.training.vision import train_vision
+
+app = typer.Typer(no_args_is_help=True, help="Train models.")
+console = Console(highlight=False)
+
+
+@app.command()
+def language(
+    out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="Training text, .txt or .txt.gz, documents separated by <|endoftext|>. "
+            "May be repeated."
+        ),
+    ],
+    held_out: Annotated[list[Path], typer.Option(help="Text for the reported loss.")],
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = LanguageRecipe.n_layers,
+    d_model: Annotated[int, typer.Option(help="Width.")] = LanguageRecipe.d_model,
+    d_mlp: Annotated[int, typer.Option(help="Hidden width of the MLPs.")] = LanguageRecipe.d_mlp,
+    heads: Annotated[int, typer.Option(help="Attention heads a layer.")] = LanguageRecipe.n_heads,
+    n_ctx: Annotated[int, typer.Option(help="Context, in tokens.")] = LanguageRecipe.n_ctx,
+    vocab_size: Annotated[
+        int, typer.Option(help="Tokens of the BPE tokenizer trained on the text.")
+    ] = LanguageRecipe.vocab_size,
+    activation: Annotated[
+        str, typer.Option(help="Of the gate: linear (bilinear), silu, relu or gelu.")
+    ] = LanguageRecipe.activation,
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = LanguageRecipe.epochs,
+    batch_size: Annotated[
+        int, typer.Option(help="Windows of n-ctx tokens a step.")
+    ] = LanguageRecipe.batch_size,
+    lr: Annotated[
+        float, typer.Option(help="Highest learning rate.")
+    ] = LanguageRecipe.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's; more of it makes spectra steeper.")
+    ] = LanguageRecipe.weight_decay,
+    seed: Annotated[int, typer.Option(help="Of initialisation and order.")] = LanguageRecipe.seed,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with a tokenizer to use instead.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="The text's name, origin and licence, for the model card.")
+    ] = None,
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Also train a SwiGLU model the same way, to compare.")
+    ] = False,
+) -> None:
+    """Train a small bilinear language model on text files.
+
+    Example: bilinear-lens train language my-model --text stories.txt --held-out others.txt
+    """
+    losses = train_language(
+        out,
+        text=text,
+        held_out=held_out,
+        recipe=LanguageRecipe(
+            n_layers=layers,
+            d_model=d_model,
+            d_mlp=d_mlp,
+            n_heads=heads,
+            n_ctx=n_ctx,
+            vocab_size=vocab_size,
+            activation=activation,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=lr,
+            weight_decay=weight_decay,
+            seed=seed,
+        ),
+        tokenizer=tokenizer,
+        resume=resume,
+        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+        data=data,
+        twin=twin,
+    )
+    for gate, loss in losses.items():
+        console.print(
+            f"{gate}: held-out loss {loss.per_token:.4f} nats per token, "
+            f"{loss.per_byte:.4f} per byte"
+        )
+    console.print(f"Wrote {escape(str(out))}")
+
+
+@app.command()
+def vision(
+    out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits (ships with the package), a folder with idx files, a folder with train/ "
+            "and test/ (in each a folder of images for each class), or a dataset's name: mnist, "
+            "fashion-mnist, ylecun/mnist, ..."
+        ),
+    ] = "digits",
+    d_model: Annotated[int, typer.Option(help="Width.")] = bl.ClassifierConfig.d_model,
+    d_mlp: Annotated[
+        int | None, typer.Option(help="Products a layer computes; as many as --d-model otherwise.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = bl.ClassifierConfig.n_layers,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Layers add to their input.")
+    ] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="Layers have biases.")] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = FitRecipe.epochs,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a step; 2048, or fewer of a small set, otherwise.")
+    ] = FitRecipe.batch_size,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = FitRecipe.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's; more of it makes spectra steeper.")
+    ] = FitRecipe.weight_decay,
+    input_noise: Annotated[
+        float, typer.Option(help="Standard deviation of Gaussian noise on the pixels.")
+    ] = FitRecipe.input_noise,
+    salt_and_pepper: Annotated[
+        float, typer.Option(help="Share of the pixels set to 0 or 1.")
+    ] = FitRecipe.salt_and_pepper,
+    latent_noise: Annotated[
+        float, typer.Option(help="Noise on what each layer reads, relative to its own size.")
+    ] = FitRecipe.latent_noise,
+    dropout: Annotated[
+        float, typer.Option(help="Share of what each layer reads set to 0.")
+    ] = FitRecipe.dropout,
+    l1: Annotated[float, typer.Option(help="Penalty on the weights' magnitudes.")] = FitRecipe.l1,
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = FitRecipe.seed,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Forward passes in bfloat16: about twice as fast.")
+    ] = False,
+    image_column: Annotated[
+        str | None, typer.Option(help="Where a dataset has several columns of images.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Where a dataset has several columns of classes, or strings.")
+    ] = None,
+) -> None:
+    """Train a bilinear image classifier.
+
+    Example: bilinear-lens train vision my-digits --epochs 60 --input-noise 0.2 --lr 3e-3
+    """
+    _, accuracy = train_vision(
+        out,
+        data=data,
+        model={
+            "d_model": d_model,
+            "d_mlp": d_mlp,
+            "n_layers": layers,
+            "residual": residual,
+            "bias": bias,
+        },
+        recipe=FitRecipe(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=lr,
+            weight_decay=weight_decay,
+            input_noise=input_noise,
+            salt_and_pepper=salt_and_pepper,
+            latent_noise=latent_noise,
+            dropout=dropout,
+            l1=l1,
+            seed=seed,
+            bf16=bf16,
+        ),
+        image_column=image_column,
+        label_column=label_column,
+        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+    )
+    console.print(f"accuracy on the test split: {accuracy:.4f}")
+    console.print(f"Wrote {escape(str(out))}")
