@@ -157,6 +157,60 @@ def ablation_curve(
     return figure
 
 
+def vocabulary(
+    tokens: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    control: float | int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """A point for each token of a vocabulary, over its frequency; medians of tenths as a line.
+
+    Args:
+        tokens: a row for each token: `output`, its label, and the columns `x`, positive, and `y`.
+        control: what `y` would be by chance, drawn as a dotted line.
+
+    Raises:
+        ValueError: if a column is missing, or `x` is not positive everywhere.
+    """
+    missing = {"output", x, y} - set(tokens.columns)
+    if missing:
+        raise ValueError(f"tokens lacks the columns {sorted(missing)}; it has {[*tokens.columns]}.")
+    if tokens.empty or not (tokens[x] > 0).all():
+        raise ValueError(f"{x} must be positive, because its axis is logarithmic: add one half?")
+    figure = style.figure(title, x=x.replace("_", " "), y=y.replace("_", " "))
+    figure.add_scatter(
+        name="tokens",
+        x=tokens[x].tolist(),
+        y=tokens[y].tolist(),
+        mode="markers",
+        marker={"color": rgba(POSITIVE, 0.35), "size": 4},
+        hovertext=[escape(visible(label), quote=False) for label in tokens["output"]],
+        hovertemplate="%{hovertext}: %{y:.4g}<extra></extra>",
+    )
+    tenths = tokens.groupby(pd.qcut(tokens[x], 10, duplicates="drop"), observed=True)[[x, y]]
+    medians = tenths.median()
+    figure.add_scatter(
+        name="medians",
+        x=medians[x].tolist(),
+        y=medians[y].tolist(),
+        mode="lines+markers",
+        line={"color": rgba(NEGATIVE), "width": 3},
+        hovertemplate="median %{y:.4g}<extra></extra>",
+    )
+    if control is not None:
+        figure.add_scatter(
+            name="random weights",
+            x=[tokens[x].min(), tokens[x].max()],
+            y=[control, control],
+            mode="lines",
+            line={"color": GREY, "width": 2, "dash": "dot"},
+            hovertemplate="random weights %{y:.4g}<extra></extra>",
+        )
+    return figure.update_xaxes(type="log")
+
+
 def _values(spectrum: Spectrum, name: str) -> list[float]:
     if spectrum.values.ndim != 1:
         raise ValueError(

@@ -1,13 +1,11 @@
-"""Top token pairs by branch and bound, against all products.
-
-`python tests/benchmarks/bench_pairs.py` prints a row for each case.
-"""
+"""Top token pairs by branch and bound, against all products. `pytest tests/benchmarks -s`."""
 
 import math
 import time
 from collections.abc import Callable
 from statistics import median
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -109,9 +107,7 @@ def _timed(
     return found, time.perf_counter() - start
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(2)
-    for row in pairs():
-        print(  # noqa: T201
-            f"{row['work']}: {row['ours_s']:.3f} s, {row['theirs_s']:.3f} s, {row['ratio']:.1f}x"
-        )
+def test_top_pairs():
+    rows = pd.DataFrame(pairs())
+    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(rows.to_string(index=False, float_format="{:.3g}".format))
