@@ -85,7 +85,9 @@ def plan(n: int, d: int, rank: int, d_out: int, k: int, *, itemsize: int, memory
     # reading the table once for every direction would take longer than multiplying
     group, matrix = 4 * cached, d * d
     each = 3 * d * d + 8 * d * block  # of a chunk
-    table = n > d_out and itemsize * (d_out * d * d + group * matrix + 16 * each) <= memory
+    table = (
+        iterate and n > d_out and itemsize * (d_out * d * d + group * matrix + 16 * each) <= memory
+    )
     # a pass with the factors costs 4 rank d products a column, to form a matrix rank d^2
     factored = iterate and not table and d > 32 * block
     if not table:
@@ -121,6 +123,8 @@ class Pairs(NamedTuple):
 
 class Eigensolver:
     """Top eigenpairs of the interactions of one layer, for any number of directions.
+
+    Not differentiable.
 
     Args:
         affine: as in `Spectrum`.
@@ -166,9 +170,10 @@ class Eigensolver:
         self.fall = None
         if self.plan.iterate and gram is not None:
             # how far a spectrum falls hardly differs between the directions of a layer
-            some = torch.eye(len(down), dtype=down.dtype, device=down.device)[:: len(down) // 8]
+            every = max(1, len(down) // 8)
+            some = torch.eye(len(down), dtype=down.dtype, device=down.device)[::every]
             last = self(some).values[:, -1].abs() / self.norms(some)
-            self.fall = last.median().item()
+            self.fall = last.nan_to_num().median().item()
 
     @torch.no_grad()
     def __call__(self, directions: Float[Tensor, "n d_out"]) -> Spectrum:
@@ -247,8 +252,7 @@ class Ritz:
     def cut(self, k: int) -> Float[Tensor, " n"]:
         """Below what the next filter damps."""
         values = self.values.abs()
-        cut = torch.maximum(CUT * values[:, k - 1], values[:, -1])
-        return cut.maximum(1e-6 * values[:, 0]).clamp(min=1e-30)
+        return torch.maximum(CUT * values[:, k - 1], values[:, -1])
 
     def pairs(self, k: int) -> Pairs:
         values, vectors = self.values[:, :k], self.vectors[..., :k]
@@ -313,9 +317,9 @@ def iterate(
             done &= beside < ritz.values[:, k - 1].square()
         passes = ((worst / tol).log() / (before / worst).log()).nan_to_num()
         passes = passes.where(worst < before, len(DEGREES)).clamp(min=1)
-        hopeless = ~done & (passes > len(DEGREES) - 1 - i)
-        if i + 1 >= TRIAL and hopeless.any():
-            rows = hopeless.nonzero()[:, 0]
+        hopeless = ~done & (passes > len(DEGREES) - 1 - i) & (i + 1 >= TRIAL)
+        rows = hopeless.nonzero()[:, 0]
+        if len(rows):
             rest = matrices[rows]
             rest = rest.dense() if isinstance(rest, Factored) else rest
             for whole, part in zip(found, decompose(rest, k), strict=True):
@@ -324,7 +328,8 @@ def iterate(
         left = (~done).nonzero()[:, 0]
         if len(left) == 0:
             break
-        if len(left) < 0.8 * len(live):  # a copy of the matrices costs about a product
+        # a copy of the matrices costs about a product
+        if len(left) < 0.8 * len(live) or len(rows):
             live, matrices, ritz = live[left], matrices[left], ritz.select(left)
             cut, largest, worst, passes = (each[left] for each in (cut, largest, worst, passes))
         # a product with the factors costs 4 rank d a column, a matrix rank d^2, once
@@ -345,6 +350,7 @@ def chebyshev(
     Of steep spectra the degree is less: what a column has of the largest eigenvector by rounding
     must not outgrow the rest of it.
     """
+    cut = cut.maximum(1e-6 * largest).clamp(min=1e-30)
     growth = (largest / cut).clamp(min=1.01).acosh()  # of its logarithm, by degree
     degrees = (25 / growth / 2).floor().clamp(1, degree // 2) * 2
     scale, degrees = (1 / cut)[:, None, None], degrees[:, None, None]

@@ -51,6 +51,33 @@ def test_explain_prints_a_table_and_writes_nothing(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_is_made_searched_and_resumed(run, tmp_path):
+    line = "sweep tinystories-1l --out tables --token ' named' --token ' she' --k 4"
+    code, out, _ = run(line)
+    assert code == 0 and "Wrote tables" in out
+    listed = bl.load_sweep(tmp_path / "tables").search(" girl")
+    code, out, _ = run("search tables ' girl' --end + --layer 0")
+    assert code == 0 and "' named'" in out
+    assert len(out.strip().splitlines()) == 1 + (listed["end"] == "+").sum()
+    code, out, _ = run("search tables ' she' --role output --limit 3")
+    assert code == 0 and len(out.strip().splitlines()) == 4
+    code, _, err = run(line)
+    assert code == 2 and "--resume" in err
+    (shard,) = (tmp_path / "tables/shards").iterdir()
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-9])
+    code, _, err = run("search tables ' girl'")
+    assert code == 2 and shard.name in err and "--resume" in err
+    code, out, err = run(line + " --resume")
+    assert code == 0 and shard.name in out + err and shard.read_bytes() == before
+    code, _, err = run("search tables ' girll'")
+    assert code == 2 and "' girl'" in err
+    code, _, err = run(line.replace("--k 4", "--k 5"))
+    assert code == 2 and "k 4 there, 5 here" in err
+    code, _, err = run("sweep tinystories-1l --out small --memory 0.0001")
+    assert code == 2 and "at least" in err and not (tmp_path / "small").exists()
+
+
 def test_a_classifier_is_trained_and_explains_an_image(run, tmp_path):
     line = "train vision digits-model --epochs 8 --batch-size 128 --d-model 20 --lr 5e-3 --bf16"
     code, out, _ = run(line)

@@ -174,6 +174,17 @@ def test_eigh_of_many_directions_is_that_of_each(n, affine):
         )
 
 
+@pytest.mark.parametrize("dead", [2, 6])
+def test_outputs_that_nothing_writes_to_do_no_harm(dead):
+    """Of few outputs, some or all are dead: their interactions are zero."""
+    left, right, down = factors(D, 300, 6)
+    down[:dead] = 0
+    spectrum = BilinearTensor(left, right, down).eigh(torch.eye(6).repeat(2, 1), K)
+    assert spectrum.residuals is not None and spectrum.residuals.max() <= TOL
+    assert spectrum.values[:dead].abs().max() == 0
+    assert (spectrum.values[dead:6].abs() > 0).all()
+
+
 def test_a_spectrum_keeps_its_residuals_in_order():
     spectrum = BilinearTensor(*factors(20, 30, 4)).eigh(torch.eye(4))
     assert spectrum.residuals is not None

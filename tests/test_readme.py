@@ -25,6 +25,14 @@ def test_the_example_prints_what_the_readme_says():
     assert lines == [line.rstrip() for line in blocks("text")[0].splitlines()]
 
 
+def test_the_sweep_finds_what_the_readme_says(tmp_path):
+    commands = next(block for block in blocks("bash") if "bilinear-lens sweep" in block)
+    done = subprocess.run(["bash", "-ec", commands], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = [line.rstrip() for line in blocks("text")[1].splitlines()]
+    assert [line.rstrip() for line in done.stdout.splitlines()][-len(shown) :] == shown
+
+
 def test_the_other_examples_run():
     _, pictures, *_ = blocks("python")
     assert "mnist-1l" in pictures
@@ -54,7 +62,7 @@ def test_names_and_files_exist():
     assert {name for name in bl.__all__ if name != "InteractionTable"} <= set(
         re.findall(r"`bl\.(\w+)", README)
     )
-    for file in re.findall(r"^ +(\w+\.py|\w+/) ", blocks("text")[1], flags=re.MULTILINE):
+    for file in re.findall(r"^ +(\w+\.py|\w+/) ", blocks("text")[-1], flags=re.MULTILINE):
         assert list((ROOT / "bilinear_lens").rglob(file.rstrip("/")))
     for link in re.findall(r"\]\((notebooks/[^)]+)\)", README):
         assert (ROOT / link).exists()

@@ -97,6 +97,28 @@ def test_the_ablation_curve_shows_lines_and_intervals(curve):
     assert list(figure.layout.xaxis.ticktext) == ["1", "3", "10", "30", "100", "300"]
 
 
+def test_the_vocabulary_has_a_point_for_each_token_and_medians_of_tenths():
+    tokens = pd.DataFrame(
+        {
+            "output": [f" <b>{i}" for i in range(40)],
+            "frequency": [i + 0.5 for i in range(40)],
+            "effective_rank": [100.0 - i for i in range(40)],
+        }
+    )
+    figure = plots.vocabulary(tokens, x="frequency", y="effective_rank", control=150)
+    points, medians = trace(figure, "tokens"), trace(figure, "medians")
+    assert list(points["x"]) == tokens["frequency"].tolist()
+    assert list(points["y"]) == tokens["effective_rank"].tolist()
+    assert points["hovertext"][3] == "␣&lt;b&gt;3"
+    assert list(medians["y"]) == [98.5 - 4 * i for i in range(10)]
+    assert list(trace(figure, "random weights")["y"]) == [150, 150]
+    assert figure.layout.xaxis.type == "log"
+    with pytest.raises(ValueError, match="must be positive"):
+        plots.vocabulary(tokens.assign(frequency=0.0), x="frequency", y="effective_rank")
+    with pytest.raises(ValueError, match="lacks the columns"):
+        plots.vocabulary(tokens, x="counts", y="effective_rank")
+
+
 def test_figures_bring_no_background_and_offer_no_upload(curve):
     for figure in (
         plots.spectrum(Spectrum(torch.ones(2), torch.eye(2))),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -63,7 +64,13 @@ class Sweep:
                     f"The sweep was made of a model in memory: give it, load_sweep({str(self.path)!r}"
                     ", model)."
                 )
-            model = HookedBilinearTransformer.from_pretrained(source)
+            try:
+                model = HookedBilinearTransformer.from_pretrained(source)
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    f"The sweep was made of {source!r}: give that model, load_sweep("
+                    f"{str(self.path)!r}, model). {error.args[0]}"
+                ) from error
         _check_model(model, self.manifest, self.path)
         return model
 
@@ -73,10 +80,11 @@ class Sweep:
         Raises:
             ValueError: if DuckDB refuses it.
         """
-        shards = [str(self.manifest.path(self.path, shard)) for shard in self.manifest.shards]
+        files = [self.manifest.path(self.path, shard) for shard in self.manifest.shards]
+        shards = [escape(str(file)) for file in files]  # DuckDB takes them for patterns
         with duckdb.connect() as connection:
-            connection.read_parquet(shards).create_view("sweep")
             try:
+                connection.read_parquet(shards, hive_partitioning=False).create_view("sweep")
                 return connection.execute(sql, parameters).df()
             except duckdb.Error as error:
                 raise ValueError(f"DuckDB: {error}") from error

@@ -1,9 +1,10 @@
 """The files of a sweep: a manifest that says what it is of, and shards, each whole or absent."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-SIZE = 1024
-"""Outputs in a shard: seconds to minutes of work, which is what a killed run loses."""
-
 MANIFEST, TOKENS = "manifest.json", "tokens.parquet"
+
+VECTORS = b"vectors"
+"""Under which a shard's metadata has the checksum of its eigenvectors' file."""
 
 _ENDS = [
     pa.field(f"{end}_{what}", pa.list_(kind))
@@ -80,6 +81,8 @@ class Manifest:
     dtype: str
     effective_rank: bool
     vectors: bool
+    shard_size: int
+    """Outputs in a shard."""
     bilinear_lens: str
     torch: str
     """Versions."""
@@ -87,9 +90,9 @@ class Manifest:
     @cached_property
     def shards(self) -> list[Shard]:
         return [
-            Shard(layer, start, min(start + SIZE, len(self.outputs)))
+            Shard(layer, start, min(start + self.shard_size, len(self.outputs)))
             for layer in self.layers
-            for start in range(0, len(self.outputs), SIZE)
+            for start in range(0, len(self.outputs), self.shard_size)
         ]
 
     @classmethod
@@ -104,7 +107,7 @@ class Manifest:
             raise ValueError(f"{folder} holds no sweep: there is no {MANIFEST} in it.")
         try:
             return cls(**json.loads(path.read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:
             expected = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"{path} is no manifest of a sweep, with {expected}.") from error
 
@@ -112,7 +115,8 @@ class Manifest:
         """Make the folder of this sweep, or check that it is this sweep's.
 
         Raises:
-            ValueError: if it holds another sweep, or this one and not `resume`, or other files.
+            ValueError: if it holds another sweep, or this one and not `resume`, or other files; if
+                it cannot be written.
         """
         if (folder / MANIFEST).exists():
             theirs = asdict(self.read(folder))
@@ -132,17 +136,17 @@ class Manifest:
                     f"{folder} holds this sweep already: resume it (resume=True, --resume), or "
                     "choose another folder."
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif any(not file.match(f"{MANIFEST}.*.part") for file in folder.glob("*")):
             raise ValueError(f"{folder} holds other files: choose a new folder.")
-        for name in ("shards", "vectors") if self.vectors else ("shards",):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("*/*.part"):
-            left_over.unlink()
-        tokens = pa.table({"token_id": range(len(labels)), "token": labels})
-        with writing(folder / TOKENS) as part:
-            pq.write_table(tokens, part)
-        with writing(folder / MANIFEST) as part:
+        with writing(folder / MANIFEST) as part:  # first: from here on the folder can be resumed
+            folder.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(asdict(self), indent=1))
+        with writing(folder / TOKENS) as part:
+            for name in ("shards", "vectors") if self.vectors else ("shards",):
+                (folder / name).mkdir(exist_ok=True)
+            for left_over in [*folder.glob("*.part"), *folder.glob("*/*.part")]:
+                left_over.unlink()
+            pq.write_table(pa.table({"token_id": range(len(labels)), "token": labels}), part)
 
     def path(self, folder: Path, shard: Shard) -> Path:
         return folder / "shards" / f"{shard.name}.parquet"
@@ -160,16 +164,27 @@ class Manifest:
         if not path.is_file():
             return "is missing"
         try:
-            rows = pq.read_metadata(path).num_rows
-            if thorough:
-                pq.read_table(path, page_checksum_verification=True)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                rows, schema = file.metadata.num_rows, file.schema_arrow
+                if thorough:
+                    file.read()
             if self.vectors:
-                with safe_open(self.vectors_path(folder, shard), "pt") as file:
-                    file.get_slice("vectors")
+                vectors = self.vectors_path(folder, shard)
+                with safe_open(vectors, "pt") as tensors:
+                    tensors.get_slice("vectors")
+                if thorough and (schema.metadata or {}).get(VECTORS) != checksum(vectors):
+                    return f"is damaged (the checksum of {vectors} is another)"
         except (pa.ArrowException, OSError, SafetensorError) as error:
             return f"is damaged ({' '.join(str(error).split())[:80]})"
+        if not schema.equals(SCHEMA):
+            return "is damaged (it has other columns)"
         expected = (shard.stop - shard.start) * self.k
         return None if rows == expected else f"has {rows} rows, not {expected}"
+
+
+def checksum(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().encode()
 
 
 @contextmanager
@@ -183,13 +198,15 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"Cannot write {path}: {error.strerror or error}. What is whole there stays: make room "
+            f"Cannot write {path}: {why}. What is whole there stays: make room "
             "or choose another folder, and resume."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def _brief(value: object) -> str:

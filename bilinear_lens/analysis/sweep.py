@@ -4,6 +4,7 @@ A sweep is cut into shards, of a layer and a block of output tokens each. A shar
 or absent, and that alone says what is still to do.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,12 +23,17 @@ from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.cluster import run_tasks
 from bilinear_lens.analysis.search import Sweep, load_sweep
-from bilinear_lens.analysis.shards import SCHEMA, Manifest, Shard, writing
+from bilinear_lens.analysis.shards import SCHEMA, VECTORS, Manifest, Shard, checksum, writing
 from bilinear_lens.eigensolver import Eigensolver
 from bilinear_lens.kernels import fast_float32
+from bilinear_lens.models.checkpoints import BUILT_IN
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum, coordinates, effective_ranks
+from bilinear_lens.tensor import BilinearTensor
+
+SIZE = 1024
+"""Outputs in a shard: seconds to minutes of work, which is what a killed run loses."""
 
 STEP = 256
 """Outputs between two moves of the progress bar."""
@@ -88,6 +94,8 @@ def sweep(
     out, source = Path(out), None
     if not isinstance(model, HookedBilinearTransformer):
         source = str(model)
+        if source not in BUILT_IN and Path(source).is_dir():
+            source = str(Path(source).resolve())  # workers and readers may be elsewhere
         model = HookedBilinearTransformer.from_pretrained(source)
     manifest = Manifest(
         model=model.cfg.model_name,
@@ -103,6 +111,7 @@ def sweep(
         dtype="float32",
         effective_rank=effective_rank,
         vectors=vectors,
+        shard_size=SIZE,
         bilinear_lens=version("bilinear-lens"),
         torch=torch.__version__,
     )
@@ -145,6 +154,8 @@ def _outputs(
     contrast: Token | Literal["mean"] | None,
 ) -> list[int]:
     """Token ids, in order; of a whole vocabulary without the contrast, against which it is zero."""
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs={outputs!r} must be a list of tokens: give [{outputs!r}].")
     if outputs is not None:
         return [model.token_id(token) for token in outputs]
     ids = list(range(model.cfg.d_vocab))
@@ -157,8 +168,16 @@ def _check(model: HookedBilinearTransformer, manifest: Manifest) -> None:
     if not manifest.layers or not manifest.outputs:
         raise ValueError("A sweep needs at least one layer and one output.")
     for name in ("layers", "outputs"):
-        if len(set(getattr(manifest, name))) < len(getattr(manifest, name)):
-            raise ValueError(f"{name} holds something twice: give each once.")
+        given = getattr(manifest, name)
+        twice = [number for number, times in Counter(given).items() if times > 1]
+        if twice:
+            raise ValueError(f"{name} holds {twice[:9]} more than once: give each once.")
+    if manifest.contrast in manifest.outputs:
+        raise ValueError(
+            f"outputs holds the contrast, token {manifest.contrast}, which is zero against itself: "
+            "leave it out."
+        )
+    model.output_directions(manifest.outputs[:1])  # refuses weights that are not folded
     for layer in manifest.layers:
         d_in = model.bilinear_tensor(layer).d_in
         if not 1 <= manifest.k <= d_in:
@@ -210,12 +229,20 @@ class Writer:
         self.solver = lru_cache(maxsize=1)(self._solver)
 
     def _solver(self, layer: int) -> Eigensolver:
-        return self.model.bilinear_tensor(layer).eigensolver(
-            self.manifest.k,
-            n=len(self.manifest.outputs),
-            tol=self.manifest.tol,
-            memory=self.memory * 3 // 4,
-        )
+        tensor = self.model.bilinear_tensor(layer)
+        weights = (weight.float() for weight in (tensor.left, tensor.right, tensor.down))
+        tensor = BilinearTensor(*weights, tensor.affine)
+        try:
+            return tensor.eigensolver(
+                self.manifest.k,
+                n=len(self.manifest.outputs),
+                tol=self.manifest.tol,
+                memory=self.memory * 3 // 4,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error} That is the eigensolver's part, three quarters of memory={self.memory}."
+            ) from error
 
     @torch.no_grad()
     def __call__(self, shard: Shard, progress: Callable[[int], object]) -> None:
@@ -239,11 +266,14 @@ class Writer:
             if manifest.vectors:
                 vectors.append((spectrum.vectors * flip[:, None]).mT.contiguous())
             progress(len(outputs))
+        table = pa.concat_tables(tables)
         if manifest.vectors:
-            with writing(manifest.vectors_path(self.out, shard)) as part:
+            path = manifest.vectors_path(self.out, shard)
+            with writing(path) as part:
                 save_file({"vectors": torch.cat(vectors)}, part)
+            table = table.replace_schema_metadata({VECTORS: checksum(path)})
         with writing(manifest.path(self.out, shard)) as part:
-            pq.write_table(pa.concat_tables(tables), part, write_page_checksum=True)
+            pq.write_table(table, part, write_page_checksum=True)
 
     def ends(self, spectrum: Spectrum) -> tuple[Ends, Float[Tensor, "n k"]]:
         """The tokens at both ends, and the signs that make the largest projection positive.

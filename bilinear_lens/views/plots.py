@@ -208,7 +208,7 @@ def vocabulary(
             line={"color": GREY, "width": 2, "dash": "dot"},
             hovertemplate="random weights %{y:.4g}<extra></extra>",
         )
-    return figure.update_xaxes(type="log")
+    return figure.update_layout(height=480).update_xaxes(type="log")
 
 
 def _values(spectrum: Spectrum, name: str) -> list[float]:
