@@ -179,7 +179,7 @@ class Eigensolver:
     def __call__(self, directions: Float[Tensor, "n d_out"]) -> Spectrum:
         """The spectrum of each direction, with residuals."""
         with fast_float32():
-            groups = directions.split(self.plan.group)
+            groups = directions.to(self.down).split(self.plan.group)
             parts = [pairs for group in groups for pairs in self._group(group)]
             values, vectors, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
             if self.span is not None:
@@ -192,7 +192,7 @@ class Eigensolver:
         with fast_float32():
             parts = [
                 torch.linalg.eigvalsh(self._matrices(chunk))
-                for chunk in directions.split(self.plan.chunk)
+                for chunk in directions.to(self.down).split(self.plan.chunk)
             ]
         return torch.cat(parts)
 
@@ -200,7 +200,7 @@ class Eigensolver:
     def norms(self, directions: Float[Tensor, "n d_out"]) -> Float[Tensor, " n"]:
         """The Frobenius norms of the interactions."""
         if self.gram is None:
-            parts = directions.split(self.plan.chunk)
+            parts = directions.to(self.down).split(self.plan.chunk)
             return torch.cat([self._matrices(part).flatten(1).norm(dim=1) for part in parts])
         exact = directions.to(self.gram)
         return ((exact @ self.gram) * exact).sum(1).clamp(min=0).sqrt().to(directions)
@@ -309,11 +309,10 @@ def iterate(
             whole[live] = part
         before, worst = worst, pairs.residuals.amax(1)
         done = worst <= tol
-        if i < FRESH_PASS and norms is None:
-            done[:] = False
-        elif i < FRESH_PASS:
-            # to the digits that float32 leaves of the difference
-            beside = norms**2 * (1 + 1e-5) - ritz.values.square().sum(1)
+        if i < FRESH_PASS:
+            # without norms, nothing is proven; with them, to the digits that float32 leaves
+            most = torch.full_like(worst, torch.inf) if norms is None else norms**2 * (1 + 1e-5)
+            beside = most - ritz.values.square().sum(1)
             done &= beside < ritz.values[:, k - 1].square()
         passes = ((worst / tol).log() / (before / worst).log()).nan_to_num()
         passes = passes.where(worst < before, len(DEGREES)).clamp(min=1)

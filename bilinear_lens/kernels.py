@@ -18,7 +18,13 @@ def fast_float32() -> Iterator[None]:
     if not _onednn_keeps_digits():
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    with _onednn():
+        yield
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -33,10 +39,7 @@ def _onednn_keeps_digits() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(2, 256, 256, generator=generator)
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
+    with _onednn():
         for other in (matrices.mT, matrices[..., :16]):
             for factors in ((matrices, other), (matrices[0], other[0])):
                 product, exact = (
@@ -45,6 +48,4 @@ def _onednn_keeps_digits() -> bool:
                 )
                 if (product - exact).norm() > 1e-6 * exact.norm():
                     return False
-    finally:
-        settings.fp32_precision = before
     return True

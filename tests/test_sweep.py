@@ -4,11 +4,11 @@ import errno
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,7 @@ for limit in limits:
     except ValueError as error:
         messages.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-for path in folder.glob("full-*"):
-    print(json.dumps([str(file) for file in path.rglob("*.part")]), file=sys.stderr)
-print(json.dumps(messages))
+print(json.dumps([messages, [str(file) for file in folder.glob("full-*/**/*.part")]]))
 """
 """Sweeps killed as a file gets its name, in a fork each, and sweeps on a disk that fills up."""
 
@@ -84,9 +82,13 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(module, "SIZE", 16)
 
 
-def tiny(name: str = "llama", seed: int = 0, **kwargs) -> bl.HookedBilinearTransformer:
+def fresh(name: str = "llama", seed: int = 0, **kwargs) -> bl.HookedBilinearTransformer:
     """37 tokens, three layers, 24 coordinates."""
     return bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS[name], seed), **kwargs)
+
+
+tiny = cache(fresh)
+"""The same, which tests leave alone."""
 
 
 def swept(*args, **kwargs) -> bl.Sweep:
@@ -147,23 +149,23 @@ def assert_agrees(
         oracle = table.spectrum.projections(table.tokens.directions)
         for i in range(manifest.k):
             row = rows.iloc[i]
-            if manifest.vectors:
-                vector = vectors_of(sweep, token, layer)[i]
+            vector = vectors_of(sweep, token, layer)[i] if manifest.vectors else None
+            if vector is not None:
                 assert vector.norm().item() == pytest.approx(1, abs=1e-5)
                 error = (table.interaction @ vector - values[i] * vector).norm().item() / scale
                 assert row.residual == pytest.approx(error, rel=0.5, abs=3e-6)
             if gaps[i].min() < 0.01:
                 continue  # two eigenvectors turn into each other for an error that small
             compared += 1
-            if manifest.vectors:
+            if vector is not None:
                 torch.testing.assert_close(vector, table.spectrum.vectors[:, i], rtol=0, atol=2e-3)
             for end, sign in (("top", "+"), ("bottom", "-")):
                 theirs = listed[(listed.eigenvector == i) & (listed.end == sign)]
                 ids, ours = list(row[f"{end}_ids"]), row[f"{end}_projections"]
-                close = {"rel": 2e-3, "abs": 2e-3 * oracle[:, i].abs().max().item()}
-                assert ours == pytest.approx(theirs.projection.to_numpy(), **close)
+                close = 2e-3 * oracle[:, i].abs().max().item()
+                assert ours == pytest.approx(theirs.projection.to_numpy(), rel=2e-3, abs=close)
                 # tokens of equal projections may change places
-                assert ours == pytest.approx(oracle[ids, i].numpy(), **close)
+                assert ours == pytest.approx(oracle[ids, i].numpy(), rel=2e-3, abs=close)
                 assert len(set(ids)) == manifest.n_tokens
                 assert list(row[f"{end}_tokens"]) == [model.token_labels[id] for id in ids]
     assert compared >= len(tokens) * manifest.k / 3
@@ -187,7 +189,7 @@ def four_layers() -> bl.HookedBilinearTransformer:
 
 
 def test_rows_are_those_of_the_interactions(model, one_layer):
-    assert_agrees(one_layer, model, one_layer.manifest.outputs, 0)
+    assert_agrees(one_layer, model, one_layer.manifest.outputs[::2], 0)
 
 
 def test_more_outputs_than_coordinates_and_layers_out_of_order(four_layers, tmp_path):
@@ -196,7 +198,7 @@ def test_more_outputs_than_coordinates_and_layers_out_of_order(four_layers, tmp_
     kwargs = {"k": 4, "n_tokens": 5, "effective_rank": True, "vectors": True}
     sweep = swept(four_layers, out=tmp_path / "out", outputs=outputs, layers=[3, 1], **kwargs)
     for layer in (1, 3):
-        assert_agrees(sweep, four_layers, outputs[::17], layer)
+        assert_agrees(sweep, four_layers, outputs[::29], layer)
     assert len(sweep) == 400 and len(everything(sweep)) == 1600
     assert sweep.summary().layers.layer.tolist() == [1, 3]
     with pytest.raises(ValueError, match=r"layer=0 is not in this sweep, of \[3, 1\]"):
@@ -222,23 +224,20 @@ def test_rows_of_other_architectures(name, contrast, tmp_path, small_shards):
     outputs = [token for token in range(37) if token != contrast]
     assert sweep.manifest.outputs == outputs  # a token against itself is nothing
     for layer in range(3):
-        assert_agrees(sweep, model, outputs, layer)
+        assert_agrees(sweep, model, outputs[layer::6], layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precision(dtype, model, tmp_path):
     other = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l", dtype=dtype)
     sweep = swept(other, out=tmp_path / "out", outputs=[*SHE_TO], **TINY)
-    if dtype != torch.float64:  # of which `interactions` makes float64 tables
-        assert_agrees(sweep, other, sweep.manifest.outputs, 0)
+    assert_agrees(sweep, other, sweep.manifest.outputs, 0)
     single = swept(model, out=tmp_path / "single", outputs=[*SHE_TO], **TINY)
     first, second = everything(sweep).value, everything(single).value
-    assert first.to_numpy() == pytest.approx(second.to_numpy(), rel=0.1)
-    assert first.equals(second) == (dtype == torch.float64)
-    assert (sweep.manifest.fingerprint, sweep.manifest.dtype) != (
-        single.manifest.fingerprint,
-        "float32",
-    )
+    digits = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}[dtype]
+    assert first.to_numpy() == pytest.approx(second.to_numpy(), rel=digits)
+    assert sweep.manifest.fingerprint != single.manifest.fingerprint
+    assert sweep.manifest.dtype == ("float64" if dtype == torch.float64 else "float32")
 
 
 def test_files_say_what_they_are_of(tmp_path, small_shards, capsys):
@@ -270,7 +269,7 @@ def test_files_say_what_they_are_of(tmp_path, small_shards, capsys):
         *(
             f"shards/layer-00{layer}-00000{start}.parquet"
             for layer in (0, 2)
-            for start in "00 16".split()
+            for start in ("00", "16")
         ),
         "tokens.parquet",
     ]
@@ -349,7 +348,7 @@ def test_what_a_sweep_depends_on_changes_it(tmp_path, model):
 
 
 def test_a_fingerprint_is_of_weights_and_tokens():
-    model, again, other = tiny(), tiny(), tiny(seed=1)
+    model, again, other = fresh(), fresh(), tiny(seed=1)
     assert model.fingerprint() == again.fingerprint() != other.fingerprint()
     again.token_labels[3] = "three"
     assert model.fingerprint() != again.fingerprint()
@@ -379,7 +378,8 @@ def test_killed_sweeps_and_full_disks_leave_what_is_whole(tmp_path, small_shards
     kwargs = {**TINY, "vectors": True}
     expected = contents(swept(model, out=tmp_path / "whole", **kwargs).path)
     files = {
-        kind: next(name for name in expected if kind in name) for kind in ("shards", "vectors")
+        kind: next(name for name in sorted(expected) if kind in name)
+        for kind in ("shards", "vectors")
     }
     sizes = {kind: len(expected[name]) for kind, name in files.items()}
     # a disk on which neither fits, and one on which the vectors do
@@ -393,8 +393,8 @@ def test_killed_sweeps_and_full_disks_leave_what_is_whole(tmp_path, small_shards
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert "[" not in run.stderr.replace("[]", "").replace("[0", "").replace("[?", "")
-    messages = json.loads(run.stdout.splitlines()[-1])
+    messages, left_over = json.loads(run.stdout.splitlines()[-1])
+    assert not left_over
     for message, kind in zip(messages, ("vectors", "shards"), strict=True):
         assert message.startswith(f"Cannot write {tmp_path}") and files[kind] in message
         assert "File too large" in message and "make room" in message and "resume" in message
@@ -403,7 +403,7 @@ def test_killed_sweeps_and_full_disks_leave_what_is_whole(tmp_path, small_shards
         left = {file: data for file, data in contents(out).items() if file[-5:] != ".part"}
         assert left.items() <= expected.items()
         if left:
-            with pytest.raises(ValueError, match=r"is missing, and \d more: .*resume=True"):
+            with pytest.raises(ValueError, match=r"is missing(, and \d more)?: .*resume=True"):
                 bl.load_sweep(out)
             with pytest.raises(ValueError, match="holds this sweep already: resume it"):
                 bl.sweep(model, out=out, **kwargs)
@@ -424,7 +424,7 @@ def test_a_disk_that_fills_up_costs_one_shard(tmp_path, small_shards, monkeypatc
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", until_full)
-        with pytest.raises(ValueError, match="Cannot write .*No space left.*resume"):
+        with pytest.raises(ValueError, match=r"Cannot write .*No space left.*resume"):
             bl.sweep(model, out=out, **TINY)
     assert len(contents(out)) == 5 and contents(out).items() < expected.items()
     times = {file: file.stat().st_mtime_ns for file in out.glob("shards/*")}
@@ -463,9 +463,7 @@ def test_workers_write_the_same_bytes_after_one_has_died(tmp_path, small_shards,
     finally:
         over.set()
         thread.join()
-    with monkeypatch.context() as patch:  # the manifest says how large a shard is, not the worker
-        patch.setattr(module, "SIZE", 16)
-        sweep = swept("model", **kwargs, resume=True)
+    sweep = swept("model", **kwargs, resume=True)
     assert contents(sweep.path) == expected
     monkeypatch.chdir("/")  # the model is found from elsewhere
     assert_agrees(bl.load_sweep(tmp_path / "out"), tiny(), [3, 30], 1)
@@ -486,7 +484,7 @@ def test_tasks_are_the_shards_that_are_left(tmp_path, small_shards, monkeypatch,
 
     monkeypatch.setattr(module, "run_tasks", run)
     kwargs = {"out": tmp_path / "b", "outputs": range(48), **TINY}
-    slurm = {"executor": "slurm", "partition": "cpu", "time": "1:00:00"}
+    slurm: dict[str, Any] = {"executor": "slurm", "partition": "cpu", "time": "1:00:00"}
     assert bl.sweep("tinystories-1l", **kwargs, **slurm, workers=5) is None
     assert given == slurm | {"numbers": [0, 1, 2], "workers": 5, "logs": tmp_path / "b" / "logs"}
     assert bl.sweep("tinystories-1l", **kwargs, executor="local", resume=True) is not None
@@ -504,7 +502,7 @@ def test_tasks_are_the_shards_that_are_left(tmp_path, small_shards, monkeypatch,
 def test_a_worker_with_another_model_writes_nothing(tmp_path, small_shards):
     sweep = swept(tiny(), out=tmp_path / "out", **TINY)
     before = contents(sweep.path)
-    with pytest.raises(ValueError, match="tinystories-1l is not the model that .* was begun with"):
+    with pytest.raises(ValueError, match=r"tinystories-1l is not the model that .* was begun with"):
         module.Task("tinystories-1l", sweep.path, 2**30)(0)
     assert contents(sweep.path) == before
 
@@ -655,11 +653,11 @@ def test_raw_weights_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_unknown_words_come_with_near_ones(model, one_layer, tmp_path):
-    with pytest.raises(ValueError, match="' girlfriends' is not one token.*' girl'"):
+    with pytest.raises(ValueError, match=r"' girlfriends' is not one token.*' girl'"):
         bl.sweep(model, out=tmp_path / "out", outputs=[" girlfriends"], **TINY)
     assert not list(tmp_path.iterdir())
     for ask in (one_layer.rows, one_layer.table, one_layer.search):
-        with pytest.raises(ValueError, match="' girlfriends' is no token .*' girl'"):
+        with pytest.raises(ValueError, match=r"' girlfriends' is no token .*' friends'"):
             ask(" girlfriends")
         with pytest.raises(ValueError, match="Token id 4096 must be"):
             ask(4096)
@@ -673,7 +671,7 @@ def test_unknown_words_come_with_near_ones(model, one_layer, tmp_path):
 def test_without_the_extra_the_executor_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove", None)
     kwargs = {"out": tmp_path / "out", "outputs": [5], **TINY}
-    with pytest.raises(ValueError, match="needs datatrove.* pip install 'bilinear-lens.cluster.'"):
+    with pytest.raises(ValueError, match=r"needs datatrove.* pip install 'bilinear-lens.cluster.'"):
         bl.sweep("tinystories-1l", executor="local", **kwargs)
     assert len(swept("tinystories-1l", resume=True, **kwargs)) == 1  # and here it can
 
@@ -704,7 +702,7 @@ def test_a_sweep_of_another_model_is_refused(model, one_layer, tmp_path):
     with pytest.raises(ValueError, match="other weights or tokens than tinystories-4l has"):
         replace(one_layer, manifest=other, loaded=None).table(" she")
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match="holds no sweep: there is no manifest.json"):
+        with pytest.raises(ValueError, match=r"holds no sweep: there is no manifest.json"):
             bl.load_sweep(path)
 
 
@@ -717,7 +715,7 @@ def test_eigenvalues_that_are_not_the_models_are_refused(tmp_path):
     field = table.schema.field(place)
     values = table["value"].to_numpy() * 1.01
     pq.write_table(table.set_column(place, field, [values.astype(np.float32)]), path)
-    with pytest.raises(ValueError, match="eigenvalues in .* are not this model's"):
+    with pytest.raises(ValueError, match=r"eigenvalues in .* are not this model's"):
         sweep.table(5, 0)
     assert sweep.table(5, 1).layer == 1
 
@@ -749,7 +747,8 @@ def listing(sweep: bl.Sweep, layer: int | None = None) -> pd.DataFrame:
     if layer is not None:
         frame = frame[frame.layer == layer]
     frame["size"] = -frame.contribution.abs()
-    return frame.sort_values(["size", "layer", "token_id", "eigenvector", "end", "place"])
+    by = ["size", "layer", "token_id", "eigenvector", "end", "place"]
+    return frame.sort_values(by)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.fixture(scope="module")
@@ -771,15 +770,11 @@ def test_search_finds_the_rows_that_a_loop_finds(two_layers, end, layer):
         for role, column in (("input", "input_id"), ("output", "token_id")):
             if role == "output" and id not in two_layers.manifest.outputs:
                 continue
-            expected = some[some[column] == id]
+            expected = some.loc[some[column] == id]
             for limit in (3, 10**6):
                 found = two_layers.search(token, end=end, role=role, layer=layer, limit=limit)
-                pd.testing.assert_frame_equal(
-                    found,
-                    expected[list(found.columns)].head(limit).reset_index(drop=True),
-                    check_dtype=False,
-                    rtol=1e-6,
-                )
+                rows = expected.loc[:, list(found.columns)][:limit].reset_index(drop=True)
+                pd.testing.assert_frame_equal(found, rows, check_dtype=False, rtol=1e-6)
     assert len(some[some.input_id == frequent]) > 3
     assert two_layers.search(never, end=end, layer=layer).empty
     assert len(two_layers.search(" girl", role="output", end=end, layer=layer)) == min(
@@ -791,14 +786,14 @@ def test_bad_questions_are_named(two_layers, as_users):
     for change in ({"end": "top"}, {"role": "both"}, {"limit": 0}):
         with pytest.raises(ValueError, match=r"must be one of .* role=.* input or output, .*limit"):
             two_layers.search(" girl", **change)
-    with pytest.raises(ValueError, match="DuckDB: .*nothing"):
+    with pytest.raises(ValueError, match=r"DuckDB: .*nothing"):
         two_layers.query("SELECT nothing FROM sweep")
     found = two_layers.query("SELECT count(*) AS n FROM sweep WHERE layer = $l", {"l": 3})
     assert found.n.tolist() == [100]
 
 
 def test_tokens_that_read_the_same_are_told_apart_by_id(tmp_path):
-    model = tiny()
+    model = fresh()
     model.token_labels[4] = model.token_labels[9] = "twin"
     sweep = swept(model, out=tmp_path / "out", **TINY)
     with pytest.raises(ValueError, match=r"2 tokens read 'twin'; give an id of \[4, 9\]"):
@@ -840,7 +835,7 @@ def test_a_summary_is_what_pandas_makes_of_the_rows(one_layer, two_layers):
             .sort_values(["outputs", "mean_share"], ascending=False, ignore_index=True)
         )
         pd.testing.assert_frame_equal(summary.inputs, inputs, **kwargs)
-        assert summary.inputs.outputs.iloc[0] > 2 and len(outputs) == len(sweep)
+        assert summary.inputs.outputs.iloc[0] > 1 and len(outputs) == len(sweep)
 
 
 def test_a_folder_is_a_name_and_not_a_pattern(tmp_path):

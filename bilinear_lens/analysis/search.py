@@ -61,15 +61,15 @@ class Sweep:
         if model is None:
             if source is None:
                 raise ValueError(
-                    f"The sweep was made of a model in memory: give it, load_sweep({str(self.path)!r}"
-                    ", model)."
+                    "The sweep was made of a model in memory: give it, "
+                    f"load_sweep({str(self.path)!r}, model)."
                 )
             try:
                 model = HookedBilinearTransformer.from_pretrained(source)
             except (KeyError, ValueError) as error:
                 raise ValueError(
-                    f"The sweep was made of {source!r}: give that model, load_sweep("
-                    f"{str(self.path)!r}, model). {error.args[0]}"
+                    f"The sweep was made of {source!r}: give that model, "
+                    f"load_sweep({str(self.path)!r}, model). {error.args[0]}"
                 ) from error
         _check_model(model, self.manifest, self.path)
         return model
@@ -105,8 +105,8 @@ class Sweep:
             n_tokens=manifest.n_tokens,
             contrast=manifest.contrast,  # pyright: ignore[reportArgumentType]
         )
-        error = (table.spectrum.values.cpu() - values.to_numpy()).abs().max()
-        if error > 1e-3 * table.spectrum.values.abs().max():
+        error = abs(table.spectrum.values.cpu().numpy() - values).max()
+        if error > 1e-3 * values.abs().max():
             raise ValueError(f"The eigenvalues in {self.path} are not this model's.")
         return table
 
@@ -203,8 +203,8 @@ class Sweep:
         if isinstance(token, str) and token not in self.labels:
             near = get_close_matches(token, self.labels, n=5, cutoff=0.5)
             raise ValueError(
-                f"{token!r} is no token of this sweep's model (most words begin with a space); near "
-                f"ones: {near}."
+                f"{token!r} is no token of this sweep's model (most words begin with a space); "
+                f"near ones: {near}."
             )
         if isinstance(token, str) and self.labels.count(token) > 1:
             ids = [i for i, label in enumerate(self.labels) if label == token]

@@ -30,7 +30,6 @@ from bilinear_lens.models.checkpoints import BUILT_IN
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum, coordinates, effective_ranks
-from bilinear_lens.tensor import BilinearTensor
 
 SIZE = 1024
 """Outputs in a shard: seconds to minutes of work, which is what a killed run loses."""
@@ -108,7 +107,7 @@ def sweep(
         k=k,
         n_tokens=n_tokens,
         tol=tol,
-        dtype="float32",
+        dtype=str(model.bilinear_tensor(0).left.dtype).removeprefix("torch."),
         effective_rank=effective_rank,
         vectors=vectors,
         shard_size=SIZE,
@@ -230,8 +229,6 @@ class Writer:
 
     def _solver(self, layer: int) -> Eigensolver:
         tensor = self.model.bilinear_tensor(layer)
-        weights = (weight.float() for weight in (tensor.left, tensor.right, tensor.down))
-        tensor = BilinearTensor(*weights, tensor.affine)
         try:
             return tensor.eigensolver(
                 self.manifest.k,
@@ -287,7 +284,7 @@ class Writer:
         for start in range(0, d_vocab, block):
             tokens = self.model.token_directions(range(start, min(start + block, d_vocab)))
             with fast_float32():
-                projections = rows @ coordinates(tokens, spectrum.d_in, spectrum.affine).mT
+                projections = rows @ coordinates(tokens.to(rows), spectrum.d_in, spectrum.affine).mT
             for largest in (True, False):
                 best = projections.topk(min(n_tokens, len(tokens)), largest=largest)
                 found.append((best.values, best.indices + start))

@@ -177,7 +177,7 @@ def vocabulary(
     missing = {"output", x, y} - set(tokens.columns)
     if missing:
         raise ValueError(f"tokens lacks the columns {sorted(missing)}; it has {[*tokens.columns]}.")
-    if tokens.empty or not (tokens[x] > 0).all():
+    if not len(tokens) or min(tokens[x].tolist()) <= 0:
         raise ValueError(f"{x} must be positive, because its axis is logarithmic: add one half?")
     figure = style.figure(title, x=x.replace("_", " "), y=y.replace("_", " "))
     figure.add_scatter(
