@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -218,14 +219,21 @@ class Eigensolver:
             else self._matrices(directions)
         )
         norms = None if self.gram is None else self.norms(directions)
-        for rows in torch.arange(len(directions), device=directions.device).split(self.plan.chunk):
-            first, last = int(rows[0]), int(rows[-1]) + 1
+
+        def pairs(rows: slice) -> Pairs:
             if self.plan.iterate:
-                some = None if norms is None else norms[first:last]
-                yield iterate(matrices[first:last], self.k, self.tol, some, self.fall)
-            else:
-                assert isinstance(matrices, Tensor)
-                yield decompose(matrices[first:last], self.k)
+                some = None if norms is None else norms[rows]
+                return iterate(matrices[rows], self.k, self.tol, some, self.fall)
+            assert isinstance(matrices, Tensor)
+            return decompose(matrices[rows], self.k)
+
+        # A thread for each core, and one core for each product: of the many small products of an
+        # iteration, no core then waits for another, which may be busy with other work.
+        threads = torch.get_num_threads() if directions.device.type == "cpu" else 1
+        size = -(-self.plan.chunk // threads)
+        chunks = [slice(start, start + size) for start in range(0, len(directions), size)]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(pairs, chunks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,12 +269,14 @@ class Ritz:
         return Pairs(values, vectors, errors / values[:, :1].abs().clamp(min=tiny))
 
 
+@torch.no_grad()
 def decompose(matrices: Float[Tensor, "n d d"], k: int) -> Pairs:
     """The top `k` pairs of symmetric matrices, by a dense decomposition."""
     top = Spectrum.of(matrices).top(k)
     return Ritz(top.values, top.vectors, matrices @ top.vectors).pairs(k)
 
 
+@torch.no_grad()
 def iterate(
     matrices: Float[Tensor, "n d d"] | Factored,
     k: int,

@@ -802,8 +802,10 @@ def test_tokens_that_read_the_same_are_told_apart_by_id(tmp_path):
     assert sweep.rows("#5").token_id.tolist() == [5] * 3  # names, where there is no tokenizer
 
 
-def test_a_summary_is_what_pandas_makes_of_the_rows(one_layer, two_layers):
-    for sweep in (one_layer, two_layers):
+def test_a_summary_is_what_pandas_makes_of_the_rows(one_layer, two_layers, tmp_path):
+    """Of few tokens, an output has several eigenvectors with the same ends."""
+    few = swept(tiny(), out=tmp_path / "few", k=20, n_tokens=1)
+    for sweep in (one_layer, two_layers, few):
         rows, summary = everything(sweep), sweep.summary()
         rows["size"] = rows.share.abs().astype(float)
         outputs = (
@@ -835,6 +837,8 @@ def test_a_summary_is_what_pandas_makes_of_the_rows(one_layer, two_layers):
             .sort_values(["outputs", "mean_share"], ascending=False, ignore_index=True)
         )
         pd.testing.assert_frame_equal(summary.inputs, inputs, **kwargs)
+        repeated = rows.duplicated(["layer", "token_id", "+ end", "- end"]).any()
+        assert repeated == (sweep is few)
         assert summary.inputs.outputs.iloc[0] > 1 and len(outputs) == len(sweep)
 
 
