@@ -69,9 +69,9 @@ def run_tasks(
         ValueError: if there are no tasks or workers, or the executor is not there.
         TaskError: if tasks failed, when all others are done; if a worker was killed, at once.
     """
-    if not numbers or workers < 1:
-        raise ValueError(f"There are {len(numbers)} tasks and {workers} workers: at least 1 each.")
-    _check_executor(executor, partition, time)
+    if not numbers:
+        raise ValueError("There are no tasks to run.")
+    check_executor(executor, workers, partition, time)
     n, workers = len(numbers), min(workers, len(numbers))
     threads = max(1, torch.get_num_threads() // workers)
     run = logs.resolve() / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
@@ -93,7 +93,14 @@ def run_tasks(
     return run
 
 
-def _check_executor(executor: str, partition: str | None, time: str | None) -> None:
+def check_executor(executor: str, workers: int, partition: str | None, time: str | None) -> None:
+    """Refuse what `run_tasks` would, before anything is begun.
+
+    Raises:
+        ValueError: if there is no worker, or the executor is not there.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
     if executor not in ("local", "ray", "slurm"):
         raise ValueError(f"There is no executor {executor!r}: local, ray or slurm.")
     for library in ["datatrove", "ray"] if executor == "ray" else ["datatrove"]:

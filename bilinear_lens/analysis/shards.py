@@ -154,25 +154,20 @@ class Manifest:
     def vectors_path(self, folder: Path, shard: Shard) -> Path:
         return folder / "vectors" / f"{shard.name}.safetensors"
 
-    def fault(self, folder: Path, shard: Shard, *, thorough: bool = False) -> str | None:
-        """What is wrong with a shard on disk, if anything.
-
-        Args:
-            thorough: read all of it, and compare checksums.
-        """
+    def fault(self, folder: Path, shard: Shard) -> str | None:
+        """What is wrong with a shard on disk, if anything: all of it is read, with checksums."""
         path = self.path(folder, shard)
         if not path.is_file():
             return "is missing"
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 rows, schema = file.metadata.num_rows, file.schema_arrow
-                if thorough:
-                    file.read()
+                file.read()
             if self.vectors:
                 vectors = self.vectors_path(folder, shard)
                 with safe_open(vectors, "pt") as tensors:
                     tensors.get_slice("vectors")
-                if thorough and (schema.metadata or {}).get(VECTORS) != checksum(vectors):
+                if (schema.metadata or {}).get(VECTORS) != checksum(vectors):
                     return f"is damaged (the checksum of {vectors} is another)"
         except (pa.ArrowException, OSError, SafetensorError) as error:
             return f"is damaged ({' '.join(str(error).split())[:80]})"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilinear_lens.analysis.cluster import run_tasks
+from bilinear_lens.analysis.cluster import check_executor, run_tasks
 from bilinear_lens.analysis.search import Sweep, load_sweep
 from bilinear_lens.analysis.shards import SCHEMA, VECTORS, Manifest, Shard, checksum, writing
 from bilinear_lens.eigensolver import Eigensolver
@@ -35,7 +35,7 @@ SIZE = 1024
 """Outputs in a shard: seconds to minutes of work, which is what a killed run loses."""
 
 STEP = 256
-"""Outputs between two moves of the progress bar."""
+"""Outputs between two moves of the progress bar, or fewer with little memory."""
 
 
 def sweep(
@@ -101,7 +101,7 @@ def sweep(
         source=source,
         fingerprint=model.fingerprint(),
         folded=model.folded,
-        layers=list(range(model.cfg.n_layers) if layers is None else layers),
+        layers=[int(n) for n in (range(model.cfg.n_layers) if layers is None else layers)],
         outputs=_outputs(model, outputs, contrast),
         contrast=contrast if contrast in ("mean", None) else model.token_id(contrast),
         k=k,
@@ -115,12 +115,14 @@ def sweep(
         torch=torch.__version__,
     )
     _check(model, manifest)
+    if executor is not None:
+        check_executor(executor, workers, partition, time)
     writer = Writer(model, manifest, out, memory)
     writer.solver(manifest.layers[0])  # refuses too little memory before anything is written
     manifest.begin(out, model.token_labels, resume=resume)
     todo = []
     for number, shard in enumerate(manifest.shards):
-        fault = manifest.fault(out, shard, thorough=True)
+        fault = manifest.fault(out, shard)
         if fault is not None:
             todo.append(number)
             if fault != "is missing":
@@ -224,8 +226,20 @@ class Writer:
     ) -> None:
         self.model, self.manifest, self.out, self.memory = model, manifest, out, memory
         self.labels = pa.array(model.token_labels)
-        # shards come layer by layer, and a layer's table may take most of the memory
-        self.solver = lru_cache(maxsize=1)(self._solver)
+        each = 4 * manifest.k * (4 * model.cfg.d_model + 16 * manifest.n_tokens)
+        self.step = max(16, min(STEP, memory // 32 // each))
+        self._last: tuple[int, Eigensolver] | None = None
+
+    def solver(self, layer: int) -> Eigensolver:
+        """Of the last layer asked for; one at a time, because its table may take most of memory.
+
+        Raises:
+            ValueError: if memory is too little for one direction.
+        """
+        if self._last is None or self._last[0] != layer:
+            self._last = None
+            self._last = layer, self._solver(layer)
+        return self._last[1]
 
     def _solver(self, layer: int) -> Eigensolver:
         tensor = self.model.bilinear_tensor(layer)
@@ -249,9 +263,10 @@ class Writer:
             ValueError: if it cannot be written.
         """
         manifest, solver = self.manifest, self.solver(shard.layer)
-        tables, vectors = [], []
-        for start in range(shard.start, shard.stop, STEP):
-            outputs = manifest.outputs[start : min(start + STEP, shard.stop)]
+        tables = []
+        vectors = torch.empty(0)
+        for start in range(shard.start, shard.stop, self.step):
+            outputs = manifest.outputs[start : min(start + self.step, shard.stop)]
             directions = self.model.output_directions(outputs, manifest.contrast, layer=shard.layer)
             spectrum = solver(directions)
             norms = solver.norms(directions)
@@ -261,13 +276,17 @@ class Writer:
             ends, flip = self.ends(spectrum)
             tables.append(self._table(shard.layer, outputs, spectrum, norms, ranks, ends))
             if manifest.vectors:
-                vectors.append((spectrum.vectors * flip[:, None]).mT.contiguous())
+                turned = (spectrum.vectors * flip[:, None]).mT
+                if not tables[1:]:
+                    vectors = turned.new_empty(shard.stop - shard.start, *turned.shape[1:])
+                first = start - shard.start
+                vectors[first : first + len(outputs)] = turned
             progress(len(outputs))
         table = pa.concat_tables(tables)
         if manifest.vectors:
             path = manifest.vectors_path(self.out, shard)
             with writing(path) as part:
-                save_file({"vectors": torch.cat(vectors)}, part)
+                save_file({"vectors": vectors}, part)
             table = table.replace_schema_metadata({VECTORS: checksum(path)})
         with writing(manifest.path(self.out, shard)) as part:
             pq.write_table(table, part, write_page_checksum=True)
