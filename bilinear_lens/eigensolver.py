@@ -6,7 +6,7 @@
 - `plan` chooses the way by shape, number of pairs and memory
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +28,8 @@ CUT = 0.85
 """A filter damps what is below this share of the k-th eigenvalue found so far."""
 FRESH, FRESH_PASS = 2, 2
 """Columns drawn anew, and before which pass, against a start that was blind to an eigenvector."""
+RANKS = 1024
+"""Ranks of the factors that are multiplied at a time."""
 TRIAL = 4
 """Passes after which the pace of convergence tells who will not get there."""
 
@@ -36,27 +38,32 @@ TRIAL = 4
 class Factored:
     """Symmetric matrices `Q[n] = sum_r weight[n, r] (left[r] right[r]^T + transpose) / 2`."""
 
-    factors: Float[Tensor, "two_rank d"]
-    """`left`, then `right`."""
+    left: Float[Tensor, "rank d"]
+    right: Float[Tensor, "rank d"]
     weight: Float[Tensor, "n rank"]
 
     def __getitem__(self, rows: Int[Tensor, " m"] | slice) -> "Factored":
-        return Factored(self.factors, self.weight[rows])
+        return Factored(self.left, self.right, self.weight[rows])
 
     def __matmul__(self, block: Float[Tensor, "n d p"]) -> Float[Tensor, "n d p"]:
-        """Two products with the factors, which all the matrices share."""
+        """Four products with the factors, which all the matrices share."""
         n, d, p = block.shape
-        inner = (self.factors @ block.movedim(1, 0).reshape(d, n * p)).view(2, -1, n, p)
-        inner = inner.flip(0).mul_(self.weight.mT[..., None] / 2)
-        return (self.factors.mT @ inner.view(-1, n * p)).view(d, n, p).movedim(0, 1)
+        columns, weight = block.movedim(1, 0).reshape(d, n * p), self.weight.mT[..., None] / 2
+        result = columns.new_zeros(d, n * p)
+        for one, other in ((self.left, self.right), (self.right, self.left)):
+            inner = (one @ columns).view(-1, n, p).mul_(weight)
+            result.addmm_(other.mT, inner.view(-1, n * p))
+        return result.view(d, n, p).movedim(0, 1)
 
     def dense(self) -> Float[Tensor, "n d d"]:
-        left, right = self.factors.chunk(2)
-        matrices = self.weight.new_empty(len(self.weight), left.shape[1], left.shape[1])
-        scaled, half = torch.empty_like(left), torch.empty_like(matrices[0])
+        d = self.left.shape[1]
+        matrices = self.weight.new_empty(len(self.weight), d, d)
+        half = self.weight.new_empty(d, d)
         for matrix, weight in zip(matrices, self.weight, strict=True):
-            torch.mul(left, weight[:, None], out=scaled)
-            torch.mm(scaled.mT, right, out=half)
+            half.zero_()
+            for rows in torch.arange(len(weight), device=weight.device).split(RANKS):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                half.addmm_((self.left[part] * weight[part, None]).mT, self.right[part])
             torch.add(half, half.mT, out=matrix).div_(2)
         return matrices
 
@@ -81,32 +88,35 @@ def plan(n: int, d: int, rank: int, d_out: int, k: int, *, itemsize: int, memory
         ValueError: if not even one direction fits.
     """
     block = block_size(k, d)
-    iterate = d >= 128 and 8 * k <= d
+    iterate = n > 0 and d >= 128 and 8 * k <= d
     cached = max(16, 2**24 // (itemsize * d * d))  # more would leave the processor's cache
-    # reading the table once for every direction would take longer than multiplying
-    group, matrix = 4 * cached, d * d
-    each = 3 * d * d + 8 * d * block  # of a chunk
-    table = (
-        iterate and n > d_out and itemsize * (d_out * d * d + group * matrix + 16 * each) <= memory
-    )
+    # in numbers: a direction's matrix, what its decomposition takes beside that, what all share
+    matrix, each, shared = d * d, 3 * d * d + 8 * d * block, min(rank, RANKS) * d + d * d
+    table = iterate and n > d_out and itemsize * (d_out * matrix + 80 * each) <= memory
     # a pass with the factors costs 4 rank d products a column, to form a matrix rank d^2
     factored = iterate and not table and d > 32 * block
-    if not table:
-        group, matrix = cached, d * d
-    if factored:
-        group = matrix = 0
-        each += d * d + 4 * rank * block
-    shared = d_out * d * d if table else 3 * rank * d + d * d
+    group = cached
+    if table:  # to read it once for every direction would take longer than to multiply
+        shared, group = d_out * matrix, 4 * cached
+    elif factored:
+        matrix, each = 0, each + matrix + 2 * rank * block
     room = memory // itemsize - shared
-    chunk = min(n, cached, max(0, room) // (matrix + each))
+    chunk = min(max(n, 1), cached, max(0, room) // (matrix + each))
     if chunk < 1:
-        raise ValueError(
-            f"memory={memory} bytes is too little for one direction of this tensor: give at least "
-            f"{itemsize * (shared + matrix + each)}."
+        raise TooLittleMemory(memory, itemsize * (shared + matrix + each))
+    if matrix:
+        group = min(group, chunk + (room - chunk * (matrix + each)) // matrix)
+    return Plan(iterate, table, factored, min(max(n, 1), max(group, chunk)), chunk)
+
+
+class TooLittleMemory(ValueError):
+    """Working memory that does not hold one direction."""
+
+    def __init__(self, given: int, needed: int) -> None:
+        super().__init__(
+            f"memory={given} bytes is too little for one direction: give at least {needed}."
         )
-    if not factored:
-        group = min(n, group, chunk + (room - chunk * (matrix + each)) // matrix)
-    return Plan(iterate, table, factored, max(group, chunk), chunk)
+        self.needed = needed
 
 
 def block_size(k: int, d: int) -> int:
@@ -129,7 +139,8 @@ class Eigensolver:
 
     Args:
         affine: as in `Spectrum`.
-        gram: inner products between the output coordinates' interactions, `[d_out, d_out]`.
+        gram: gives inner products between the output coordinates' interactions, `[d_out, d_out]`;
+            it is asked only where there are many directions.
         n: how many directions there will be, to choose the cheapest way.
         k: how many pairs of each.
         tol: largest `||Q v - value v||`, relative to `||Q||_2`, of a pair found by iteration.
@@ -146,30 +157,34 @@ class Eigensolver:
         down: Float[Tensor, "d_out rank"],
         *,
         affine: bool = False,
-        gram: Float[Tensor, "d_out d_out"] | None = None,
+        gram: Callable[[], Tensor],
         n: int,
         k: int,
-        tol: float = 1e-5,
-        memory: int = 2**30,
+        tol: float,
+        memory: int,
     ) -> None:
-        self.down, self.affine, self.gram, self.k, self.tol = down, affine, gram, k, tol
+        self.down, self.affine, self.k, self.tol = down, affine, k, tol
         self.span = None
         rank = len(left)
         if k <= 2 * rank < left.shape[1]:  # all eigenvectors lie in the span of the factors' rows
             self.span, factors = torch.linalg.qr(torch.cat([left, right]).mT)
             left, right = factors[:, :rank].mT, factors[:, rank:].mT
-        self.factors, self.d = torch.cat([left, right]), left.shape[1]
+        self.left, self.right, self.d = left, right, left.shape[1]
         self.plan = plan(n, self.d, rank, len(down), k, itemsize=left.itemsize, memory=memory)
+        self.size = left.abs().max() * right.abs().max()
+        self.gram = gram() if self.plan.iterate and n > len(down) else None
         if self.plan.table:
             self.table = left.new_empty(len(down), self.d**2)
             with fast_float32(), torch.no_grad():
                 for start in range(0, len(down), self.plan.group):
                     rows = slice(start, start + self.plan.group)
-                    self.table[rows] = Factored(self.factors, down[rows]).dense().flatten(1)
+                    self.table[rows] = (
+                        Factored(self.left, self.right, down[rows]).dense().flatten(1)
+                    )
             # one place for every group's matrices: fresh pages cost as much as the product
             self.buffer = left.new_empty(self.plan.group, self.d**2)
         self.fall = None
-        if self.plan.iterate and gram is not None:
+        if self.gram is not None:
             # how far a spectrum falls hardly differs between the directions of a layer
             every = max(1, len(down) // 8)
             some = torch.eye(len(down), dtype=down.dtype, device=down.device)[::every]
@@ -179,30 +194,54 @@ class Eigensolver:
     @torch.no_grad()
     def __call__(self, directions: Float[Tensor, "n d_out"]) -> Spectrum:
         """The spectrum of each direction, with residuals."""
+        directions, scale = self._scaled(directions)
         with fast_float32():
-            groups = directions.to(self.down).split(self.plan.group)
+            groups = directions.split(self.plan.group)
             parts = [pairs for group in groups for pairs in self._group(group)]
             values, vectors, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
             if self.span is not None:
                 vectors = self.span @ vectors
-        return Spectrum.signed(values, vectors, affine=self.affine, residuals=residuals)
+        return Spectrum.signed(
+            values / scale[:, None], vectors, affine=self.affine, residuals=residuals
+        )
 
     @torch.no_grad()
     def all_values(self, directions: Float[Tensor, "n d_out"]) -> Float[Tensor, "n all"]:
         """All eigenvalues that can differ from zero, in no order: a dense decomposition."""
+        directions, scale = self._scaled(directions)
         with fast_float32():
             parts = [
                 torch.linalg.eigvalsh(self._matrices(chunk))
-                for chunk in directions.to(self.down).split(self.plan.chunk)
+                for chunk in directions.split(self.plan.chunk)
             ]
-        return torch.cat(parts)
+        return torch.cat(parts) / scale[:, None]
 
     @torch.no_grad()
     def norms(self, directions: Float[Tensor, "n d_out"]) -> Float[Tensor, " n"]:
         """The Frobenius norms of the interactions."""
+        directions, scale = self._scaled(directions)
+        parts = [self._norms(part) for part in directions.split(self.plan.chunk)]
+        return torch.cat(parts) / scale
+
+    def _scaled(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions with interactions near 1, whose squares float32 can hold, and by how much.
+
+        Raises:
+            ValueError: if the interactions are not finite.
+        """
+        directions = directions.to(self.down)
+        size = (directions @ self.down).norm(dim=1) * self.size
+        if not size.isfinite().all():
+            raise ValueError(
+                "The interactions of these directions are not finite: repair the weights, or bring "
+                "them to a smaller scale."
+            )
+        scale = torch.exp2(-size.clamp(min=1e-30).log2().round())  # a power of two is exact
+        return directions * scale[:, None], scale
+
+    def _norms(self, directions: Tensor) -> Tensor:
         if self.gram is None:
-            parts = directions.to(self.down).split(self.plan.chunk)
-            return torch.cat([self._matrices(part).flatten(1).norm(dim=1) for part in parts])
+            return self._matrices(directions).flatten(1).norm(dim=1)
         exact = directions.to(self.gram)
         return ((exact @ self.gram) * exact).sum(1).clamp(min=0).sqrt().to(directions)
 
@@ -210,15 +249,15 @@ class Eigensolver:
         if self.plan.table:
             buffer = self.buffer[: len(directions)]
             return torch.mm(directions, self.table, out=buffer).view(-1, self.d, self.d)
-        return Factored(self.factors, directions @ self.down).dense()
+        return Factored(self.left, self.right, directions @ self.down).dense()
 
     def _group(self, directions: Tensor) -> Iterator[Pairs]:
         matrices = (
-            Factored(self.factors, directions @ self.down)
+            Factored(self.left, self.right, directions @ self.down)
             if self.plan.factored
             else self._matrices(directions)
         )
-        norms = None if self.gram is None else self.norms(directions)
+        norms = None if self.gram is None else self._norms(directions)
 
         def pairs(rows: slice) -> Pairs:
             if self.plan.iterate:
@@ -231,7 +270,7 @@ class Eigensolver:
         # iteration, no core then waits for another, which may be busy with other work.
         threads = torch.get_num_threads() if directions.device.type == "cpu" else 1
         size = -(-self.plan.chunk // threads)
-        chunks = [slice(start, start + size) for start in range(0, len(directions), size)]
+        chunks = [slice(start, start + size) for start in range(0, max(1, len(directions)), size)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(pairs, chunks)
 
@@ -286,6 +325,10 @@ def iterate(
 ) -> Pairs:
     """The top `k` pairs by filtered subspace iteration, and dense where that does not converge.
 
+    That a pair is one is certain from its residual. That none was overlooked is certain where the
+    norms prove it, and otherwise rests on the random columns of the block: all of them would have
+    to miss the same eigenvector, those drawn anew too.
+
     Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using
     Chebyshev-filtered subspace iteration" (2006), with an even filter, because both signs count.
 
@@ -295,7 +338,7 @@ def iterate(
         fall: what share of its norm a matrix's k-th eigenvalue may be expected to be.
     """
     weight = matrices.weight if isinstance(matrices, Factored) else matrices
-    n, d = len(weight), (matrices.factors if isinstance(matrices, Factored) else matrices).shape[1]
+    n, d = len(weight), (matrices.left if isinstance(matrices, Factored) else matrices).shape[1]
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(d, block_size(k, d) + FRESH, generator=generator).to(weight)
     start, fresh = start[:, FRESH:], start[:, :FRESH]
@@ -321,9 +364,11 @@ def iterate(
         done = worst <= tol
         if i < FRESH_PASS:
             # without norms, nothing is proven; with them, to the digits that float32 leaves
-            most = torch.full_like(worst, torch.inf) if norms is None else norms**2 * (1 + 1e-5)
-            beside = most - ritz.values.square().sum(1)
-            done &= beside < ritz.values[:, k - 1].square()
+            square = torch.full_like(worst, torch.inf) if norms is None else norms**2
+            beside = square - ritz.values.square().sum(1)
+            done &= (beside + 1e-5 * square < ritz.values[:, k - 1].square()) & (
+                beside > -1e-5 * square
+            )
         passes = ((worst / tol).log() / (before / worst).log()).nan_to_num()
         passes = passes.where(worst < before, len(DEGREES)).clamp(min=1)
         hopeless = ~done & (passes > len(DEGREES) - 1 - i) & (i + 1 >= TRIAL)

@@ -38,7 +38,7 @@ def _onednn_keeps_digits() -> bool:
     if not torch.backends.mkldnn.is_available():  # pyright: ignore[reportAttributeAccessIssue]
         return False
     generator = torch.Generator().manual_seed(0)
-    matrices = torch.randn(2, 256, 256, generator=generator)
+    matrices = torch.randn(2, 256, 256, generator=generator, dtype=torch.float32, device="cpu")
     with _onednn():
         for other in (matrices.mT, matrices[..., :16]):
             for factors in ((matrices, other), (matrices[0], other[0])):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear_lens.basis import Basis
-from bilinear_lens.eigensolver import Eigensolver
+from bilinear_lens.eigensolver import Eigensolver, TooLittleMemory
 from bilinear_lens.spectrum import Spectrum, coordinates
 
 
@@ -207,22 +207,23 @@ class BilinearTensor:
         k: int | None = None,
         *,
         tol: float = 1e-5,
-        memory: int = 2**30,
+        memory: int | None = None,
     ) -> Spectrum:
         """Eigenvalues and eigenvectors of the interaction that writes to `direction`.
 
         A few pairs of many wide interactions come from an iteration, all others from a dense
-        decomposition: see `eigensolver`.
+        decomposition: see `eigensolver`. Not differentiable.
 
         Args:
             direction: output directions, or the number of one output coordinate.
             k: how many pairs, largest magnitude first; None gives all that can differ from zero.
             tol: the largest residual of a pair that an iteration may return.
-            memory: bytes of working space, beside the tensor and the result.
+            memory: bytes of working space, beside the tensor and the result; by default 1 GiB,
+                and more where one direction needs it.
 
         Raises:
             ValueError: as `interaction`, if `k` is not in 1..d_in (one more with biases), or if
-                `memory` is too little for one direction.
+                `memory` is given and too little for one direction.
         """
         coords = self.left.shape[1]
         if k is not None and not 1 <= k <= coords:
@@ -239,23 +240,34 @@ class BilinearTensor:
             None if spectrum.residuals is None else spectrum.residuals.view(*batch, n_pairs),
         )
 
-    def eigensolver(self, k: int, *, n: int, tol: float = 1e-5, memory: int = 2**30) -> Eigensolver:
+    def eigensolver(
+        self, k: int, *, n: int, tol: float = 1e-5, memory: int | None = None
+    ) -> Eigensolver:
         """What `eigh` calls, with what it computes once for all directions.
 
         Args:
             n: how many directions there will be; they may come in parts.
         """
-        return Eigensolver(
-            self.left,
-            self.right,
-            self.down,
-            affine=self.affine,
-            gram=self.double().output_gram() if n > self.d_out else None,
-            n=n,
-            k=k,
-            tol=tol,
-            memory=memory,
-        )
+
+        def solver(memory: int) -> Eigensolver:
+            return Eigensolver(
+                self.left,
+                self.right,
+                self.down,
+                affine=self.affine,
+                gram=lambda: self.double().output_gram(),
+                n=n,
+                k=k,
+                tol=tol,
+                memory=memory,
+            )
+
+        if memory is not None:
+            return solver(memory)
+        try:
+            return solver(2**30)
+        except TooLittleMemory as error:
+            return solver(error.needed)
 
     def change_basis(
         self,

@@ -113,7 +113,7 @@ def factors(d: int, rank: int, d_out: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 def test_matrices_in_factors_act_as_the_dense_ones():
     left, right, weight = factors(D, 300, 5)
-    matrices = Factored(torch.cat([left, right]), weight)
+    matrices = Factored(left, right, weight)
     torch.testing.assert_close(
         matrices.dense()[2], BilinearTensor(left, right, weight).interaction(2)
     )
@@ -125,8 +125,7 @@ def test_matrices_in_factors_act_as_the_dense_ones():
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_factors_give_the_same_pairs(norms):
-    left, right, weight = factors(D, 300, 6)
-    matrices = Factored(torch.cat([left, right]), weight)
+    matrices = Factored(*factors(D, 300, 6))
     dense = matrices.dense()
     check(iterate(matrices, K, TOL, dense.flatten(1).norm(dim=1) if norms else None), dense)
 
@@ -238,6 +237,39 @@ def test_too_little_memory_says_how_much_is_needed(as_users):
     tensor.eigh(torch.eye(256)[:2], 4, memory=needed)
     with pytest.raises(ValueError, match="too little"):
         tensor.eigh(torch.eye(256)[:2], 4, memory=needed - 1)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-7, 1e9])
+def test_weights_of_any_size(size):
+    """Squares of such numbers leave the range of float32."""
+    left, right, down = factors(D, 300, 4)
+    one = BilinearTensor(left, right, down).eigh(torch.eye(4), K)
+    other = BilinearTensor(size * left, size * right, down).eigh(torch.eye(4), K)
+    torch.testing.assert_close(other.values / size**2, one.values, rtol=1e-4, atol=1e-4)
+    assert other.residuals is not None and other.residuals.min() > 0
+    assert other.residuals.max() <= TOL
+
+
+def test_directions_may_be_none_and_interactions_must_be_finite(as_users):
+    tensor = BilinearTensor(*factors(D, 300, 4))
+    assert tensor.eigh(torch.zeros(0, 4), 2).values.shape == (0, 2)
+    with pytest.raises(ValueError, match="not finite"):
+        (tensor * 1e38).eigh(torch.eye(4) * 1e30, 2)
+
+
+def test_a_layer_too_wide_for_the_default_memory_is_still_read(monkeypatch):
+    """Only a budget that the caller gave is a reason to refuse."""
+    tensor = BilinearTensor(*factors(D, 300, 4))
+    given = []
+    real = eigensolver.plan
+
+    def small(*sizes: int, itemsize: int, memory: int) -> eigensolver.Plan:
+        given.append(memory)
+        return real(*sizes, itemsize=itemsize, memory=memory if len(given) > 1 else 10)
+
+    monkeypatch.setattr(eigensolver, "plan", small)
+    assert tensor.eigh(0).k == D
+    assert len(given) == 2
 
 
 def test_fast_products_leave_the_setting_as_it_was():

@@ -1,5 +1,6 @@
 """The README: its example prints what it says, and what it names is there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,13 @@ def test_the_example_prints_what_the_readme_says():
 
 def test_the_sweep_finds_what_the_readme_says(tmp_path):
     commands = next(block for block in blocks("bash") if "bilinear-lens sweep" in block)
-    done = subprocess.run(["bash", "-ec", commands], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", "-ec", commands],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stderr
     shown = [line.rstrip() for line in blocks("text")[1].splitlines()]
     assert [line.rstrip() for line in done.stdout.splitlines()][-len(shown) :] == shown

@@ -298,15 +298,15 @@ def test_little_memory_gives_the_same_lists(tmp_path, model, one_layer, monkeypa
         (model, one_layer, {"k": 6, "n_tokens": 7, "outputs": one_layer.manifest.outputs}, 2**23),
         (
             tiny(),
-            swept(tiny(), out=tmp_path / "tiny", k=3, n_tokens=5),
-            {"k": 3, "n_tokens": 5},
+            swept(tiny(), out=tmp_path / "tiny", k=3, n_tokens=17),
+            {"k": 3, "n_tokens": 17},
             38000,
         ),
     ]
     for i, (each, expected, kwargs, memory) in enumerate(cases):
         blocks.clear()
         sweep = swept(each, out=tmp_path / str(i), memory=memory, **kwargs)
-        assert len(set(blocks)) > 6
+        assert len(set(blocks)) > 2
         assert {token for block in blocks for token in block} == set(range(each.cfg.d_vocab))
         ours, theirs = everything(sweep), everything(expected)
         for name in ("top", "bottom"):
@@ -317,17 +317,17 @@ def test_little_memory_gives_the_same_lists(tmp_path, model, one_layer, monkeypa
                 theirs[f"{name}_ids"].tolist()
             )
             assert same.mean() > 0.99
-    assert len(blocks[-1]) == 37 % 5
+    assert 17 > max(map(len, blocks)) > len(blocks[-1])
 
 
 def test_too_little_memory_says_how_much_is_needed(tmp_path):
     with pytest.raises(ValueError, match="memory=1000") as error:
         bl.sweep(tiny(), out=tmp_path / "out", memory=1000, **TINY)
     needed = int(str(error.value).split("give at least ")[1].split(".")[0])
-    assert "three quarters" in str(error.value) and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="too little"):
-        bl.sweep(tiny(), out=tmp_path / "out", memory=needed * 4 // 3 - 4, **TINY)
-    assert len(swept(tiny(), out=tmp_path / "out", memory=needed * 4 // 3 + 1, **TINY)) == 111
+        bl.sweep(tiny(), out=tmp_path / "out", memory=needed - 8, **TINY)
+    assert len(swept(tiny(), out=tmp_path / "out", memory=needed, **TINY)) == 111
 
 
 def test_what_a_sweep_depends_on_changes_it(tmp_path, model):
@@ -395,7 +395,7 @@ def test_killed_sweeps_and_full_disks_leave_what_is_whole(tmp_path, small_shards
     assert run.returncode == 0, run.stderr
     messages, left_over = json.loads(run.stdout.splitlines()[-1])
     assert not left_over
-    for message, kind in zip(messages, ("vectors", "shards"), strict=True):
+    for message, kind in zip(messages, ("shards", "shards"), strict=True):
         assert message.startswith(f"Cannot write {tmp_path}") and files[kind] in message
         assert "File too large" in message and "make room" in message and "resume" in message
     for name in [f"killed-{point}" for point in points] + [f"full-{limit}" for limit in limits]:
@@ -412,18 +412,18 @@ def test_killed_sweeps_and_full_disks_leave_what_is_whole(tmp_path, small_shards
 
 
 def test_a_disk_that_fills_up_costs_one_shard(tmp_path, small_shards, monkeypatch, capsys):
-    model, write, calls = tiny(), pq.write_table, []
+    model, write, calls = tiny(), pq.ParquetWriter.write_table, []
 
-    def until_full(table, where, **kwargs):
-        calls.append(where)
-        write(table, where, **kwargs)
-        if len(calls) == 5:
+    def until_full(self, table, **kwargs):
+        calls.append(table)
+        write(self, table, **kwargs)
+        if len(calls) == 5:  # the tokens, and four shards
             raise OSError(errno.ENOSPC, "No space left on device")
 
     expected = contents(swept(model, out=tmp_path / "whole", **TINY).path)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", until_full)
+        patch.setattr(pq.ParquetWriter, "write_table", until_full)
         with pytest.raises(ValueError, match=r"Cannot write .*No space left.*resume"):
             bl.sweep(model, out=out, **TINY)
     assert len(contents(out)) == 5 and contents(out).items() < expected.items()
@@ -483,6 +483,7 @@ def test_tasks_are_the_shards_that_are_left(tmp_path, small_shards, monkeypatch,
                 progress(i + 1)
 
     monkeypatch.setattr(module, "run_tasks", run)
+    monkeypatch.setattr(module, "check_executor", lambda *given: None)
     kwargs = {"out": tmp_path / "b", "outputs": range(48), **TINY}
     slurm: dict[str, Any] = {"executor": "slurm", "partition": "cpu", "time": "1:00:00"}
     assert bl.sweep("tinystories-1l", **kwargs, **slurm, workers=5) is None
@@ -554,7 +555,7 @@ def test_a_shard_of_something_else_is_named(tmp_path, small_shards):
     expected = contents(out)
     first, last = (sweep.manifest.path(out, sweep.manifest.shards[i]) for i in (0, 2))
     for change, message in [
-        (lambda: first.write_bytes(last.read_bytes()), "has 15 rows, not 48"),
+        (lambda: first.write_bytes(last.read_bytes()), "is another sweep's, or another shard"),
         (lambda: pq.write_table(pq.read_table(first).drop(["norm"]), first), "has other columns"),
     ]:
         change()
@@ -575,7 +576,7 @@ def test_a_shard_of_something_else_is_named(tmp_path, small_shards):
         ("no manifest", "manifest.json is no manifest of a sweep, with model, source"),
         ("an old manifest", "manifest.json is no manifest of a sweep, with model, source"),
         ("not text", "manifest.json is no manifest of a sweep, with model, source"),
-        ("a file", "Cannot write .*choose another folder"),
+        ("a file", "is a file: give a new folder"),
         ("a file above", "Cannot write .*choose another folder"),
         ("no permission", "Cannot write .*Permission denied.*choose another folder"),
     ],

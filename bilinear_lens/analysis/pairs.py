@@ -38,7 +38,8 @@ class Pairs(NamedTuple):
 def top_pairs(matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int) -> Pairs:
     """The k unordered pairs with the largest `|e_a^T Q e_b|`; a token pairs with itself too.
 
-    Exact but for the rounding of the products themselves; of pairs that tie, any may be listed.
+    Exact but for the rounding of the products themselves, which is taken to be that of float32
+    (not TF32) and to grow as the root of `d`; of pairs that tie, any may be listed.
     Costs an eigendecomposition, `n d^2` products and, for each pair, 16-bit products of the
     coordinates that matter; where nothing can be left out, brute force on top. Needs memory for
     blocks of pairs and for 16-bit copies of the tokens (32-bit on processors without fast 16-bit
@@ -89,9 +90,9 @@ def top_pairs(matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int
 
 
 def token_pairs(
-    tensor: BilinearTensor, directions: Float[Tensor, "n d_out"], tokens: Basis, k: int = 20
+    tensor: BilinearTensor, directions: Float[Tensor, "*n d_out"], tokens: Basis, k: int = 20
 ) -> pd.DataFrame:
-    """The k token pairs with the largest interaction for each of several output directions.
+    """The k token pairs with the largest interaction, for an output direction or each of several.
 
     Of an affine tensor, the part that is quadratic in the tokens.
 
@@ -108,9 +109,14 @@ def token_pairs(
         raise ValueError(
             f"tokens have size {tokens.directions.shape[1]}; this tensor needs {tensor.d_in}."
         )
+    if not directions.numel() or directions.shape[-1] != tensor.d_out:
+        raise ValueError(
+            f"directions have shape {list(directions.shape)}; give at least one, "
+            f"[..., d_out={tensor.d_out}]."
+        )
     rows = tokens.directions.to(tensor.left)
     frames = []
-    for number, direction in enumerate(directions):
+    for number, direction in enumerate(directions.reshape(-1, tensor.d_out)):
         pairs = top_pairs(quadratic.interaction(direction), rows, k)
         frame = labelled(pairs, tokens)
         frame.insert(0, "direction", number)

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from glob import escape
+from operator import index
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import duckdb
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bilinear_lens.analysis.interactions import InteractionTable, interactions
@@ -200,6 +202,11 @@ class Sweep:
         return Summary(layers.reset_index(), outputs, inputs)
 
     def _id(self, token: Token) -> int:
+        if not isinstance(token, str):
+            try:
+                token = index(token)  # NumPy's and pandas' whole numbers, too
+            except TypeError:
+                raise ValueError(f"{token!r} is no token: give a string or an id.") from None
         if isinstance(token, str) and token not in self.labels:
             near = get_close_matches(token, self.labels, n=5, cutoff=0.5)
             raise ValueError(
@@ -217,7 +224,7 @@ class Sweep:
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.manifest.layers:
-            raise ValueError(f"layer={layer} is not in this sweep, of {self.manifest.layers}.")
+            raise ValueError(f"layer={layer!r} is not in this sweep, of {self.manifest.layers}.")
 
     def _check_output(self, token: Token) -> None:
         if self._id(token) not in self.manifest.outputs:
@@ -226,11 +233,14 @@ class Sweep:
             )
 
 
-def load_sweep(path: str | Path, model: HookedBilinearTransformer | None = None) -> Sweep:
-    """Open a sweep.
+def load_sweep(
+    path: str | Path, model: HookedBilinearTransformer | str | Path | None = None
+) -> Sweep:
+    """Open a sweep. All its files are read once, to be sure of them.
 
     Args:
-        model: what it was made of, for `Sweep.table`; by default loaded when that is asked for.
+        model: what it was made of, or its name or folder, for `Sweep.table`; by default it is
+            loaded from where it came when that is asked for.
 
     Raises:
         ValueError: if `path` holds no sweep, a shard is missing or damaged, or `model` is another.
@@ -245,9 +255,17 @@ def load_sweep(path: str | Path, model: HookedBilinearTransformer | None = None)
     if faults:
         more = f", and {len(faults) - 1} more" * (len(faults) > 1)
         raise ValueError(f"{faults[0]}{more}: run the sweep again with resume=True (--resume).")
+    if isinstance(model, (str, Path)):
+        model = HookedBilinearTransformer.from_pretrained(model)
     if model is not None:
         _check_model(model, manifest, path)
-    labels = pq.read_table(path / TOKENS)["token"].to_pylist()
+    try:
+        labels = pq.read_table(path / TOKENS, page_checksum_verification=True)["token"].to_pylist()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path / TOKENS} is missing or damaged: run the sweep again with resume=True "
+            "(--resume)."
+        ) from error
     return Sweep(path, manifest, labels, model)
 
 

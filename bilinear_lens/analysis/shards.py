@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -16,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 MANIFEST, TOKENS = "manifest.json", "tokens.parquet"
 
-VECTORS = b"vectors"
-"""Under which a shard's metadata has the checksum of its eigenvectors' file."""
+OF, VECTORS = b"sweep", b"vectors"
+"""Under which a shard's metadata has the digest of what it is of, and of its eigenvectors' file."""
 
 _ENDS = [
     pa.field(f"{end}_{what}", pa.list_(kind))
@@ -118,8 +119,12 @@ class Manifest:
             ValueError: if it holds another sweep, or this one and not `resume`, or other files; if
                 it cannot be written.
         """
+        source = self.source
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: give a new folder.")
         if (folder / MANIFEST).exists():
-            theirs = asdict(self.read(folder))
+            there = self.read(folder)
+            theirs, source = asdict(there), source or there.source
             other = {
                 name: (theirs[name], mine)
                 for name, mine in asdict(self).items()
@@ -140,13 +145,23 @@ class Manifest:
             raise ValueError(f"{folder} holds other files: choose a new folder.")
         with writing(folder / MANIFEST) as part:  # first: from here on the folder can be resumed
             folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(asdict(self), indent=1))
+            part.write_text(json.dumps(asdict(self) | {"source": source}, indent=1))
         with writing(folder / TOKENS) as part:
             for name in ("shards", "vectors") if self.vectors else ("shards",):
                 (folder / name).mkdir(exist_ok=True)
             for left_over in [*folder.glob("*.part"), *folder.glob("*/*.part")]:
-                left_over.unlink()
-            pq.write_table(pa.table({"token_id": range(len(labels)), "token": labels}), part)
+                if _abandoned(left_over):
+                    left_over.unlink()
+            pq.write_table(
+                pa.table({"token_id": range(len(labels)), "token": labels}),
+                part,
+                write_page_checksum=True,
+            )
+
+    def digest(self, shard: Shard) -> bytes:
+        """What a shard must be of, to be this sweep's."""
+        of = asdict(self) | {"source": None}
+        return hashlib.sha256(json.dumps([of, shard.name]).encode()).hexdigest().encode()
 
     def path(self, folder: Path, shard: Shard) -> Path:
         return folder / "shards" / f"{shard.name}.parquet"
@@ -162,17 +177,21 @@ class Manifest:
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 rows, schema = file.metadata.num_rows, file.schema_arrow
+                # what is added after the first rows stands with the file's, not with the schema's
+                metadata = (schema.metadata or {}) | (file.metadata.metadata or {})
                 file.read()
             if self.vectors:
                 vectors = self.vectors_path(folder, shard)
                 with safe_open(vectors, "pt") as tensors:
                     tensors.get_slice("vectors")
-                if (schema.metadata or {}).get(VECTORS) != checksum(vectors):
+                if metadata.get(VECTORS) != checksum(vectors):
                     return f"is damaged (the checksum of {vectors} is another)"
         except (pa.ArrowException, OSError, SafetensorError) as error:
             return f"is damaged ({' '.join(str(error).split())[:80]})"
         if not schema.equals(SCHEMA):
             return "is damaged (it has other columns)"
+        if metadata.get(OF) != self.digest(shard):
+            return "is another sweep's, or another shard"
         expected = (shard.stop - shard.start) * self.k
         return None if rows == expected else f"has {rows} rows, not {expected}"
 
@@ -189,7 +208,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: if it cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         yield part
         part.replace(path)
@@ -202,6 +221,20 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _abandoned(part: Path) -> bool:
+    """Whether the process that wrote a temporary file is gone; of other machines we cannot know."""
+    *_, process, _ = part.name.split(".")
+    if f".{socket.gethostname()}.{process}.part" not in part.name or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is somebody else's
+        return False
+    return int(process) == os.getpid()
 
 
 def _brief(value: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,8 +24,8 @@ from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.cluster import check_executor, run_tasks
 from bilinear_lens.analysis.search import Sweep, load_sweep
-from bilinear_lens.analysis.shards import SCHEMA, VECTORS, Manifest, Shard, checksum, writing
-from bilinear_lens.eigensolver import Eigensolver
+from bilinear_lens.analysis.shards import OF, SCHEMA, VECTORS, Manifest, Shard, checksum, writing
+from bilinear_lens.eigensolver import Eigensolver, TooLittleMemory
 from bilinear_lens.kernels import fast_float32
 from bilinear_lens.models.checkpoints import BUILT_IN
 from bilinear_lens.models.transformer import HookedBilinearTransformer
@@ -101,12 +102,12 @@ def sweep(
         source=source,
         fingerprint=model.fingerprint(),
         folded=model.folded,
-        layers=[int(n) for n in (range(model.cfg.n_layers) if layers is None else layers)],
+        layers=_whole("layers", *(range(model.cfg.n_layers) if layers is None else layers)),
         outputs=_outputs(model, outputs, contrast),
         contrast=contrast if contrast in ("mean", None) else model.token_id(contrast),
-        k=k,
-        n_tokens=n_tokens,
-        tol=tol,
+        k=_whole("k", k)[0],
+        n_tokens=_whole("n_tokens", n_tokens)[0],
+        tol=float(tol),
         dtype=str(model.bilinear_tensor(0).left.dtype).removeprefix("torch."),
         effective_rank=effective_rank,
         vectors=vectors,
@@ -117,7 +118,9 @@ def sweep(
     _check(model, manifest)
     if executor is not None:
         check_executor(executor, workers, partition, time)
-    writer = Writer(model, manifest, out, memory)
+    elif workers != 1:
+        raise ValueError(f"workers={workers} are for an executor: give executor='local', too.")
+    writer = Writer(model, manifest, out, int(memory))
     writer.solver(manifest.layers[0])  # refuses too little memory before anything is written
     manifest.begin(out, model.token_labels, resume=resume)
     todo = []
@@ -137,7 +140,7 @@ def sweep(
             assert source is not None
             start, done = bar.n, [0, *np.cumsum(sizes).tolist()]
             run_tasks(
-                Task(source, out.resolve(), memory),
+                Task(source, out.resolve(), int(memory)),
                 todo,
                 executor=executor,
                 workers=workers,
@@ -146,7 +149,15 @@ def sweep(
                 time=time,
                 progress=lambda n: bar.update(start + done[n] - bar.n),
             )
-    return None if executor == "slurm" else load_sweep(out, model)
+    return None if todo and executor == "slurm" else load_sweep(out, model)
+
+
+def _whole(name: str, *given: object) -> list[int]:
+    """Whole numbers, NumPy's too, for the manifest."""
+    try:
+        return [index(number) for number in given]  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers, not {given!r}.") from None
 
 
 def _outputs(
@@ -155,7 +166,7 @@ def _outputs(
     contrast: Token | Literal["mean"] | None,
 ) -> list[int]:
     """Token ids, in order; of a whole vocabulary without the contrast, against which it is zero."""
-    if isinstance(outputs, str):
+    if isinstance(outputs, (str, int)):
         raise ValueError(f"outputs={outputs!r} must be a list of tokens: give [{outputs!r}].")
     if outputs is not None:
         return [model.token_id(token) for token in outputs]
@@ -178,7 +189,12 @@ def _check(model: HookedBilinearTransformer, manifest: Manifest) -> None:
             f"outputs holds the contrast, token {manifest.contrast}, which is zero against itself: "
             "leave it out."
         )
+    if not 0 < manifest.tol < 1:
+        raise ValueError(f"tol={manifest.tol} must lie between 0 and 1.")
     model.output_directions(manifest.outputs[:1])  # refuses weights that are not folded
+    for name, weights in (("embedding", model.W_E), ("unembedding", model.W_U)):
+        if not weights.isfinite().all():
+            raise ValueError(f"The {name} holds NaN or infinite weights: reload or repair them.")
     for layer in manifest.layers:
         d_in = model.bilinear_tensor(layer).d_in
         if not 1 <= manifest.k <= d_in:
@@ -226,8 +242,9 @@ class Writer:
     ) -> None:
         self.model, self.manifest, self.out, self.memory = model, manifest, out, memory
         self.labels = pa.array(model.token_labels)
-        each = 4 * manifest.k * (4 * model.cfg.d_model + 16 * manifest.n_tokens)
-        self.step = max(16, min(STEP, memory // 32 // each))
+        # the vectors and what becomes of them, the best tokens so far and their table, in bytes
+        each = manifest.k * (4 * 6 * model.cfg.d_model + 200 * manifest.n_tokens)
+        self.step = min(STEP, max(1, memory // 16 // each))
         self._last: tuple[int, Eigensolver] | None = None
 
     def solver(self, layer: int) -> Eigensolver:
@@ -250,10 +267,8 @@ class Writer:
                 tol=self.manifest.tol,
                 memory=self.memory * 3 // 4,
             )
-        except ValueError as error:
-            raise ValueError(
-                f"{error} That is the eigensolver's part, three quarters of memory={self.memory}."
-            ) from error
+        except TooLittleMemory as error:
+            raise TooLittleMemory(self.memory, error.needed * 4 // 3 + 4) from error
 
     @torch.no_grad()
     def __call__(self, shard: Shard, progress: Callable[[int], object]) -> None:
@@ -262,9 +277,32 @@ class Writer:
         Raises:
             ValueError: if it cannot be written.
         """
+        metadata = SCHEMA.with_metadata({OF: self.manifest.digest(shard)})
+        with (
+            writing(self.manifest.path(self.out, shard)) as part,
+            pq.ParquetWriter(part, metadata, write_page_checksum=True) as file,
+        ):
+            if not self.manifest.vectors:
+                self._write(shard, progress, file, None)
+                return
+            left = self.model.bilinear_tensor(shard.layer).left
+            vectors = left.new_empty(
+                shard.stop - shard.start, self.manifest.k, left.shape[1], device="cpu"
+            )
+            self._write(shard, progress, file, vectors)
+            path = self.manifest.vectors_path(self.out, shard)
+            with writing(path) as tensors:
+                save_file({"vectors": vectors}, tensors)
+            file.add_key_value_metadata({VECTORS: checksum(path)})
+
+    def _write(
+        self,
+        shard: Shard,
+        progress: Callable[[int], object],
+        file: pq.ParquetWriter,
+        vectors: Tensor | None,
+    ) -> None:
         manifest, solver = self.manifest, self.solver(shard.layer)
-        tables = []
-        vectors = torch.empty(0)
         for start in range(shard.start, shard.stop, self.step):
             outputs = manifest.outputs[start : min(start + self.step, shard.stop)]
             directions = self.model.output_directions(outputs, manifest.contrast, layer=shard.layer)
@@ -274,22 +312,11 @@ class Writer:
                 effective_ranks(solver.all_values(directions)) if manifest.effective_rank else None
             )
             ends, flip = self.ends(spectrum)
-            tables.append(self._table(shard.layer, outputs, spectrum, norms, ranks, ends))
-            if manifest.vectors:
-                turned = (spectrum.vectors * flip[:, None]).mT
-                if not tables[1:]:
-                    vectors = turned.new_empty(shard.stop - shard.start, *turned.shape[1:])
+            file.write_table(self._table(shard.layer, outputs, spectrum, norms, ranks, ends))
+            if vectors is not None:
                 first = start - shard.start
-                vectors[first : first + len(outputs)] = turned
+                vectors[first : first + len(outputs)] = (spectrum.vectors * flip[:, None]).mT
             progress(len(outputs))
-        table = pa.concat_tables(tables)
-        if manifest.vectors:
-            path = manifest.vectors_path(self.out, shard)
-            with writing(path) as part:
-                save_file({"vectors": vectors}, part)
-            table = table.replace_schema_metadata({VECTORS: checksum(path)})
-        with writing(manifest.path(self.out, shard)) as part:
-            pq.write_table(table, part, write_page_checksum=True)
 
     def ends(self, spectrum: Spectrum) -> tuple[Ends, Float[Tensor, "n k"]]:
         """The tokens at both ends, and the signs that make the largest projection positive.
@@ -298,22 +325,23 @@ class Writer:
         """
         n_tokens, d_vocab = self.manifest.n_tokens, self.model.cfg.d_vocab
         rows = spectrum.vectors.mT.flatten(0, 1)
-        block = max(n_tokens, self.memory // 8 // (8 * (len(rows) + rows.shape[1])))
-        found: list[tuple[Tensor, Tensor]] = []
+        block = max(1, self.memory // 16 // (8 * (len(rows) + rows.shape[1])))
+        none = rows.new_empty(len(rows), 0)
+        best = {largest: (none, none.long()) for largest in (True, False)}
         for start in range(0, d_vocab, block):
             tokens = self.model.token_directions(range(start, min(start + block, d_vocab)))
             with fast_float32():
                 projections = rows @ coordinates(tokens.to(rows), spectrum.d_in, spectrum.affine).mT
-            for largest in (True, False):
-                best = projections.topk(min(n_tokens, len(tokens)), largest=largest)
-                found.append((best.values, best.indices + start))
-        merged = []
-        for largest, part in ((True, found[::2]), (False, found[1::2])):
-            values, ids = (torch.cat(each, dim=1) for each in zip(*part, strict=True))
-            best = values.topk(n_tokens, largest=largest)
-            shape = (*spectrum.values.shape, n_tokens)
-            merged += [ids.gather(1, best.indices).view(shape), best.values.view(shape)]
-        top, highest, bottom, lowest = merged
+            for largest, (values, ids) in best.items():
+                found = projections.topk(min(n_tokens, len(tokens)), largest=largest)
+                values = torch.cat([values, found.values], dim=1)
+                ids = torch.cat([ids, found.indices + start], dim=1)
+                kept = values.topk(min(n_tokens, values.shape[1]), largest=largest)
+                best[largest] = kept.values, ids.gather(1, kept.indices)
+        shape = (*spectrum.values.shape, n_tokens)
+        (highest, top), (lowest, bottom) = (
+            (values.view(shape), ids.view(shape)) for values, ids in best.values()
+        )
         turned = (-lowest[..., :1] > highest[..., :1]).expand(shape)
         ends = Ends(
             torch.where(turned, bottom, top),

@@ -1,6 +1,7 @@
 """Tokens by name: a readable label for each id, and the id of exactly one token."""
 
 from difflib import get_close_matches
+from operator import index
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +49,11 @@ def token_id(token: Token, labels: list[str], tokenizer: PreTrainedTokenizerBase
     Raises:
         ValueError: if the id is out of range, or the string is not exactly one token.
     """
-    if isinstance(token, int):
+    if not isinstance(token, str):
+        try:
+            token = index(token)  # NumPy's and pandas' whole numbers, too
+        except TypeError:
+            raise ValueError(f"{token!r} is no token: give a string or an id.") from None
         if not 0 <= token < len(labels):
             raise ValueError(f"Token id {token} must be between 0 and {len(labels) - 1}.")
         return token
