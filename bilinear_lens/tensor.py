@@ -326,7 +326,7 @@ class BilinearTensor:
         other = self if other is None else other
         self._check_same_space(other, outputs=False)
         gram = self.down.new_zeros(self.d_out, other.d_out)
-        block = max(1, 2**23 // other.rank)  # of the rank x rank products
+        block = max(1, 2**20 // other.rank)  # of the rank x rank products
         for start in range(0, self.rank, block):
             rows = slice(start, start + block)
             part = BilinearTensor(

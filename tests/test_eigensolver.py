@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilinear_lens import BilinearTensor, Spectrum, eigensolver
-from bilinear_lens.eigensolver import Factored, iterate, plan
+from bilinear_lens import BilinearTensor, Spectrum, eigensolver, subspace
+from bilinear_lens.eigensolver import plan
 from bilinear_lens.kernels import fast_float32
+from bilinear_lens.subspace import Factored, Pairs, iterate
 
 D, K, TOL = 160, 8, 1e-5
 
@@ -53,7 +54,7 @@ SPECTRA = {
 }
 
 
-def check(found: eigensolver.Pairs, matrices: Tensor, k: int = K) -> None:
+def check(found: Pairs, matrices: Tensor, k: int = K) -> None:
     """Values, residuals and orthonormality, of all matrices."""
     exact = torch.linalg.eigvalsh(matrices.double())
     exact = exact.gather(-1, exact.abs().argsort(-1, descending=True))
@@ -88,7 +89,7 @@ def test_an_eigenvector_that_the_start_is_blind_to_is_found(monkeypatch, again):
     """
     matrix = with_values(falling(0.5), 5)[None]
     missed = Spectrum.of(matrix[0]).vectors[:, 5:6]
-    randn, fresh = torch.randn, eigensolver.FRESH * again
+    randn, fresh = torch.randn, subspace.FRESH * again
 
     def blind(*size: int, **options) -> Tensor:
         drawn = randn(*size, **options).double()
@@ -133,10 +134,8 @@ def test_factors_give_the_same_pairs(norms):
 def test_one_pass_is_enough_only_where_the_norm_proves_it(monkeypatch):
     steep, flat = (with_values(low_rank(6, noise), 1)[None].float() for noise in (1e-7, 1e-2))
     passes = []
-    chebyshev = eigensolver.chebyshev
-    monkeypatch.setattr(
-        eigensolver, "chebyshev", lambda *given: passes.append(1) or chebyshev(*given)
-    )
+    chebyshev = subspace.chebyshev
+    monkeypatch.setattr(subspace, "chebyshev", lambda *given: passes.append(1) or chebyshev(*given))
 
     def count(matrices: Tensor, k: int, norms: Tensor | None) -> int:
         passes.clear()
@@ -163,7 +162,7 @@ def test_eigh_of_many_directions_is_that_of_each(n, affine):
     assert spectrum.affine == affine
     rows = torch.arange(n)[:: max(1, n // 7)]
     check(
-        eigensolver.Pairs(spectrum.values, spectrum.vectors, spectrum.residuals),
+        Pairs(spectrum.values, spectrum.vectors, spectrum.residuals),
         tensor.interaction(directions),
     )
     for row in rows.tolist():
@@ -201,10 +200,8 @@ def test_a_spectrum_keeps_its_residuals_in_order():
 def test_the_dense_way_takes_what_does_not_converge(monkeypatch):
     matrices = torch.stack([with_values(SPECTRA["falling slowly"], seed) for seed in range(3)])
     taken = []
-    decompose = eigensolver.decompose
-    monkeypatch.setattr(
-        eigensolver, "decompose", lambda m, k: taken.append(len(m)) or decompose(m, k)
-    )
+    decompose = subspace.decompose
+    monkeypatch.setattr(subspace, "decompose", lambda m, k: taken.append(len(m)) or decompose(m, k))
     check(iterate(matrices.float(), K, TOL), matrices)
     assert not taken
     found = iterate(matrices.float(), K, 1e-9)  # more than float32 can give

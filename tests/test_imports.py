@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bilinear_lens"
 
-ALGEBRA = {"basis", "eigensolver", "kernels", "spectrum", "tensor"}
+ALGEBRA = {"basis", "eigensolver", "kernels", "spectrum", "subspace", "tensor"}
 MAY_IMPORT = {
     **dict.fromkeys(ALGEBRA, ALGEBRA),
     "models": ALGEBRA | {"models"},

@@ -179,7 +179,8 @@ class Manifest:
                 rows, schema = file.metadata.num_rows, file.schema_arrow
                 # what is added after the first rows stands with the file's, not with the schema's
                 metadata = (schema.metadata or {}) | (file.metadata.metadata or {})
-                file.read()
+                for group in range(file.num_row_groups):
+                    file.read_row_group(group)
             if self.vectors:
                 vectors = self.vectors_path(folder, shard)
                 with safe_open(vectors, "pt") as tensors:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import bilinear_lens as bl
-from bilinear_lens.eigensolver import block_size
 from bilinear_lens.kernels import fast_float32
+from bilinear_lens.subspace import block_size
 
 K, N_TOKENS = 8, 10
 
