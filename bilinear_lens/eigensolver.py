@@ -4,6 +4,7 @@
 - dense, or by `subspace` iteration; matrices from a table, or from the layer's factors
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -63,7 +64,8 @@ class TooLittleMemory(ValueError):
 
     def __init__(self, given: int, needed: int) -> None:
         super().__init__(
-            f"memory={given} bytes is too little for one direction: give at least {needed}."
+            f"memory={given} bytes is too little for one direction: give at least {needed} "
+            f"({math.ceil(1e4 * needed / 2**30) / 1e4} GiB)."
         )
         self.needed = needed
 

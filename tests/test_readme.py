@@ -40,9 +40,20 @@ def test_the_sweep_finds_what_the_readme_says(tmp_path):
     assert [line.rstrip() for line in done.stdout.splitlines()][-len(shown) :] == shown
 
 
+def test_the_sweep_is_asked_as_the_readme_says(tmp_path):
+    asked = next(block for block in blocks("python") if "bl.sweep" in block)
+    start = "import bilinear_lens as bl\nload = bl.HookedBilinearTransformer.from_pretrained\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + 'model = load("tinystories-1l")\n' + asked],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_other_examples_run():
-    _, pictures, *_ = blocks("python")
-    assert "mnist-1l" in pictures
+    pictures = next(block for block in blocks("python") if "mnist-1l" in block)
     done = subprocess.run(
         [sys.executable, "-c", pictures], capture_output=True, text=True, cwd=ROOT
     )

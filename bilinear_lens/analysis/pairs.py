@@ -96,6 +96,11 @@ def token_pairs(
 
     Of an affine tensor, the part that is quadratic in the tokens.
 
+    Args:
+        tensor: such as `model.bilinear_tensor(0)`.
+        directions: such as `model.output_directions([" he", " she"])`.
+        tokens: such as `model.token_basis()`.
+
     Returns:
         Columns `direction` (its number), `token_a`, `token_b` and `interaction`, the largest
         magnitude of each direction first.

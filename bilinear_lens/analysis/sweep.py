@@ -27,7 +27,6 @@ from bilinear_lens.analysis.search import Sweep, load_sweep
 from bilinear_lens.analysis.shards import OF, SCHEMA, VECTORS, Manifest, Shard, checksum, writing
 from bilinear_lens.eigensolver import Eigensolver, TooLittleMemory
 from bilinear_lens.kernels import fast_float32
-from bilinear_lens.models.checkpoints import BUILT_IN
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum, coordinates, effective_ranks
@@ -64,7 +63,7 @@ def sweep(
     them. Each eigenpair comes with its residual.
 
     Args:
-        model: a model, or the name or folder of one; worker processes load it themselves.
+        model: a model, or the name or folder of one; worker processes load it from there.
         out: a new folder, for a manifest and Parquet shards (`shards.SCHEMA`).
         layers: by default all.
         outputs: tokens; by default the whole vocabulary.
@@ -86,17 +85,15 @@ def sweep(
         ValueError: if a token, a layer, k or n_tokens is out of range; if `out` holds something
             else, or cannot be written; if `memory` is too little for one direction.
     """
-    if executor is not None and isinstance(model, HookedBilinearTransformer):
+    out = Path(out)
+    if not isinstance(model, HookedBilinearTransformer):
+        model = HookedBilinearTransformer.from_pretrained(model)
+    source = model.source
+    if executor is not None and source is None:
         raise ValueError(
             "Worker processes load the model themselves: save it (model.save_pretrained(folder)) "
             "and give sweep the folder."
         )
-    out, source = Path(out), None
-    if not isinstance(model, HookedBilinearTransformer):
-        source = str(model)
-        if source not in BUILT_IN and Path(source).is_dir():
-            source = str(Path(source).resolve())  # workers and readers may be elsewhere
-        model = HookedBilinearTransformer.from_pretrained(source)
     manifest = Manifest(
         model=model.cfg.model_name,
         source=source,

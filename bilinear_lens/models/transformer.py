@@ -34,6 +34,7 @@ from bilinear_lens.basis import Basis
 from bilinear_lens.models import vocabulary
 from bilinear_lens.models.checkpoints import (
     ACTIVATION_NAMES,
+    BUILT_IN,
     check_new,
     load_checkpoint,
     save_checkpoint,
@@ -87,12 +88,17 @@ class HookedBilinearTransformer(TransformerBridge):
         model, loaded_tokenizer = load_checkpoint(
             name_or_path, revision=revision, dtype=dtype, tokenizer=tokenizer
         )
-        return cls.from_hf(
+        hooked = cls.from_hf(
             model.to(device),  # pyright: ignore[reportArgumentType]
             loaded_tokenizer,
             name=Path(name_or_path).name,
             fold=fold,
         )
+        if (revision, dtype, tokenizer, fold) == (None, torch.float32, None, True):
+            folder = Path(name_or_path)
+            built_in = str(name_or_path) in BUILT_IN
+            hooked._source = str(folder.resolve() if folder.is_dir() and not built_in else folder)
+        return hooked
 
     @classmethod
     def from_hf(
@@ -181,6 +187,11 @@ class HookedBilinearTransformer(TransformerBridge):
         """
         check_new(path)
         save_checkpoint(self._plain_model(), self.tokenizer, path)
+
+    @property
+    def source(self) -> str | None:
+        """The name or folder from which `from_pretrained` loads this again, if it can."""
+        return getattr(self, "_source", None)
 
     @property
     def folded(self) -> bool:
