@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from glob import escape
-from operator import index
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +40,7 @@ class Sweep:
     labels: list[str]
     """Of all tokens, by id."""
     loaded: HookedBilinearTransformer | None = None
+    """The model that it is of, where one was at hand."""
 
     def __len__(self) -> int:
         return len(self.manifest.layers) * len(self.manifest.outputs)
@@ -59,20 +59,21 @@ class Sweep:
         Raises:
             ValueError: if it cannot be found, or is not the one.
         """
-        model, source = self.loaded, self.manifest.source
-        if model is None:
-            if source is None:
-                raise ValueError(
-                    "The sweep was made of a model in memory: give it, "
-                    f"load_sweep({str(self.path)!r}, model)."
-                )
-            try:
-                model = HookedBilinearTransformer.from_pretrained(source)
-            except (KeyError, ValueError) as error:
-                raise ValueError(
-                    f"The sweep was made of {source!r}: give that model, "
-                    f"load_sweep({str(self.path)!r}, model). {error.args[0]}"
-                ) from error
+        if self.loaded is not None:
+            return self.loaded
+        source = self.manifest.source
+        if source is None:
+            raise ValueError(
+                "The sweep was made of a model in memory: give it, "
+                f"load_sweep({str(self.path)!r}, model)."
+            )
+        try:
+            model = HookedBilinearTransformer.from_pretrained(source)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"The sweep was made of {source!r}: give that model, "
+                f"load_sweep({str(self.path)!r}, model). {error.args[0]}"
+            ) from error
         _check_model(model, self.manifest, self.path)
         return model
 
@@ -203,24 +204,17 @@ class Sweep:
 
     def _id(self, token: Token) -> int:
         if not isinstance(token, str):
-            try:
-                token = index(token)  # NumPy's and pandas' whole numbers, too
-            except TypeError:
-                raise ValueError(f"{token!r} is no token: give a string or an id.") from None
-        if isinstance(token, str) and token not in self.labels:
+            return vocabulary.token_id(token, self.labels, None)
+        ids = [i for i, label in enumerate(self.labels) if label == token]
+        if not ids:
             near = get_close_matches(token, self.labels, n=5, cutoff=0.5)
             raise ValueError(
                 f"{token!r} is no token of this sweep's model (most words begin with a space); "
                 f"near ones: {near}."
             )
-        if isinstance(token, str) and self.labels.count(token) > 1:
-            ids = [i for i, label in enumerate(self.labels) if label == token]
+        if len(ids) > 1:
             raise ValueError(f"{len(ids)} tokens read {token!r}; give an id of {ids}.")
-        return (
-            vocabulary.token_id(token, self.labels, None)
-            if isinstance(token, int)
-            else (self.labels.index(token))
-        )
+        return ids[0]
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.manifest.layers:

@@ -6,7 +6,7 @@ or absent, and that alone says what is still to do.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from operator import index
@@ -146,7 +146,7 @@ def sweep(
                 time=time,
                 progress=lambda n: bar.update(start + done[n] - bar.n),
             )
-    return None if todo and executor == "slurm" else load_sweep(out, model)
+    return None if todo and executor == "slurm" else replace(load_sweep(out), loaded=model)
 
 
 def _whole(name: str, *given: object) -> list[int]:
