@@ -5,15 +5,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
-from models import CONFIGS, random_model
+import torch
+from models import CONFIGS, SIZES, random_model
 from test_checkpoints import AUTHORS, authors_weights, write
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import bilinear_lens as bl
 from bilinear_lens import cli
+from bilinear_lens.analysis.overview import overview
 
 
 @pytest.fixture
@@ -140,6 +143,62 @@ def test_convert_writes_a_plain_hugging_face_folder(run, tmp_path):
     assert run("convert theirs ours")[0] == 2
 
 
+def test_convert_goes_back_to_the_authors_layout(run, tmp_path, model):
+    code, out, _ = run("convert tinystories-1l theirs --layout authors")
+    assert code == 0 and out.strip() == "Wrote theirs"
+    theirs = bl.HookedBilinearTransformer.from_pretrained(tmp_path / "theirs")
+    tokens = model.to_tokens("Once upon a time")
+    torch.testing.assert_close(
+        theirs(tokens).log_softmax(-1), model(tokens).log_softmax(-1), atol=1e-4, rtol=1e-4
+    )
+    random_model(CONFIGS["qwen3"]).save_pretrained(tmp_path / "qwen")
+    code, _, err = run("convert qwen other --layout authors")
+    assert code == 2 and "Qwen3ForCausalLM" in err and not (tmp_path / "other").exists()
+    assert run("convert theirs other --layout gguf")[0] == 2
+
+
+def test_info_says_what_a_model_is(run, tmp_path, model):
+    code, out, _ = run("info tinystories-1l --tokens 5")
+    assert code == 0 and "bilinear: gated, without an activation" in out
+    assert "3,146,496, of which 786,432 in MLPs" in out and "8 of width 32" in out
+    row = overview(model, n_tokens=5).loc[0]
+    line = out.strip().splitlines()[-1]
+    assert line.split()[:2] == ["0", "1024"] and f"{row['effective_rank']:.1f} ±" in line
+    assert f"({row['random_effective_rank']:.1f})" in line and f"{row['top_8']:.1%}" in line
+    code, out, _ = run("info mnist-1l")
+    assert code == 0 and "10: 0, 1, 2" in out and "Effective rank of each class" in out
+    random_model(LlamaConfig(**SIZES, hidden_act="silu")).save_pretrained(tmp_path / "glu")
+    code, out, _ = run("info glu")
+    assert code == 0 and "gated through SiLU" in out and "Layers" not in out
+
+
+def test_push_prints_where_the_model_is(run, tmp_path, monkeypatch):
+    asked = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            asked.append(token)
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+            asked.append((repo_id, private, exist_ok))
+            return f"https://huggingface.co/{repo_id}"
+
+        def repo_info(self, repo_id: str) -> SimpleNamespace:
+            return SimpleNamespace(private=True)
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **options) -> None:
+            asked.append((repo_id, folder_path.name))
+
+    monkeypatch.setattr("bilinear_lens.models.checkpoints.HfApi", Api)
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "model")
+    code, _, err = run("push model somebody/model --private")
+    assert code == 2 and "model card" in err and not asked
+    (tmp_path / "model" / "README.md").write_text("A card.")
+    code, out, _ = run("push model somebody/model --private")
+    assert code == 0 and out.strip() == "https://huggingface.co/somebody/model"
+    assert asked == [None, ("somebody/model", True, True), ("somebody/model", "model")]
+
+
 def test_train_language_makes_a_model_that_loads(run, tmp_path):
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:12]))
     sizes = "--layers 1 --d-model 24 --d-mlp 28 --heads 3 --n-ctx 32 --vocab-size 300 --epochs 1"
@@ -180,7 +239,9 @@ def test_errors_are_one_line_with_exit_code_2(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("command", ["", "demo", "explain", "convert", "train", "train language"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "info", "explain", "convert", "push", "train", "train language"]
+)
 def test_help_teaches(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0 and "Usage: bilinear-lens" in out

@@ -8,14 +8,23 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bilinear_lens.cli import lens, sweeps, train
+from bilinear_lens.cli import data, lens, sweeps, train
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Read bilinear transformers from their weights: the eigenvectors of what each MLP writes.",
 )
-for command in (lens.demo, lens.explain, sweeps.sweep, sweeps.search, lens.convert):
+for command in (
+    lens.demo,
+    lens.info,
+    lens.explain,
+    sweeps.sweep,
+    sweeps.search,
+    lens.convert,
+    lens.push,
+    data.clean,
+):
     app.command()(command)
 app.add_typer(train.app, name="train")
 app.command("explain-image")(lens.explain_image)

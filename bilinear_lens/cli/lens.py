@@ -1,19 +1,30 @@
-"""Commands that read a model: demo, explain, explain-image, convert."""
+"""Commands for a model: demo, info, explain, explain-image, convert, push."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 import bilinear_lens as bl
-from bilinear_lens.models.checkpoints import check_new, load_checkpoint, save_checkpoint
+from bilinear_lens.analysis.overview import BILINEAR, describe, output_ranks, overview
+from bilinear_lens.models.checkpoints import (
+    Layout,
+    check_new,
+    holds_classifier,
+    load_checkpoint,
+    push_to_hub,
+    save_checkpoint,
+)
 from bilinear_lens.pages import image_page, passage, token_page
 from bilinear_lens.training.images import read_image
-from bilinear_lens.training.text import read_stories
+from bilinear_lens.training.text import load_text
 from bilinear_lens.views.report import save_page
 
 console = Console(highlight=False)
@@ -36,6 +47,36 @@ def demo(
     """
     model = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l")
     _explain(model, " named", layer=0, k=8, contrast="mean", out=out, text=None)
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A built-in model, a folder or a Hugging Face Hub id.")
+    ],
+    tokens: Annotated[int, typer.Option(help="Output tokens to sample, in each layer.")] = 64,
+) -> None:
+    """Print what a model is, whether it is bilinear, and how concentrated its spectra are.
+
+    Example: bilinear-lens info tinystories-4l
+    """
+    if holds_classifier(model):
+        classifier = bl.HookedBilinearClassifier.from_pretrained(model, dtype="auto")
+        _print_facts(describe(classifier))
+        _print_layers(overview(classifier), "classes")
+        ranks = output_ranks(classifier).pivot(
+            index="layer", columns="output", values="effective_rank"
+        )
+        console.print("\n[bold]Effective rank of each class[/]")
+        ranks = ranks[[*classifier.cfg.labels]].dropna().T
+        ranks.index.name = None
+        console.print(ranks.to_string(float_format="{:.1f}".format), markup=False)
+        return
+    plain, tokenizer = load_checkpoint(model, dtype="auto")
+    facts = describe(plain, tokenizer)
+    _print_facts(facts)
+    if facts["MLPs"] == BILINEAR:
+        hooked = bl.HookedBilinearTransformer.from_hf(plain.float())
+        _print_layers(overview(hooked, n_tokens=tokens), "tokens")
 
 
 def explain(
@@ -77,18 +118,37 @@ def explain(
 def convert(
     src: Annotated[str, typer.Argument(help="A folder or Hub id, in any layout that loads.")],
     dst: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[
+        Layout, typer.Option(help="Of DST; authors is that of the bilinear papers' authors.")
+    ] = "hugging-face",
     tokenizer: TokenizerOption = None,
 ) -> None:
-    """Write a checkpoint as a plain Hugging Face folder.
+    """Write a checkpoint as a plain Hugging Face folder, or in the papers' authors' layout.
 
-    Reads the layout of the bilinear papers' authors, too. The result loads with
-    AutoModelForCausalLM, needs no remote code, and gives the same logits.
+    Reads both. A Hugging Face folder loads with AutoModelForCausalLM and needs no remote code. The
+    logits are the same, whichever the layout; what the authors' cannot say is refused.
+
+    Example: bilinear-lens convert tdooms/ts-medium ts-medium
     """
     check_new(dst)
     model, loaded = load_checkpoint(src, dtype="auto", tokenizer=tokenizer)
-    save_checkpoint(model, loaded, dst)
+    save_checkpoint(model, loaded, dst, layout=layout)
     note = "" if loaded else " (without a tokenizer: none could be had)"
     console.print(f"Wrote {escape(str(dst))}{note}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A saved model, with a README.md as its card.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Made if there is none.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="In a repository that others cannot see.")
+    ] = False,
+) -> None:
+    """Upload a saved model to the Hugging Face Hub: config, weights, tokenizer and card.
+
+    Log in first: `hf auth login`. Example: bilinear-lens push my-digits somebody/my-digits
+    """
+    console.print(escape(push_to_hub(folder, repo_id, private=private)), soft_wrap=True)
 
 
 def explain_image(
@@ -165,7 +225,7 @@ def _explain(
     console.print(repr(table), markup=False, soft_wrap=True)
     if out is None:
         return
-    documents = read_stories([text]) if text else bl.held_out_stories()
+    documents = list(load_text(text)["text"]) if text else bl.held_out_stories()
     source = text.name if text else "held-out TinyStories"
     start = " ".join(documents[0].split()[:8])
     torch.manual_seed(0)
@@ -198,6 +258,35 @@ def _explain(
     )
     save_page(out, page)
     console.print(f"\nWrote {escape(str(out.resolve()))}: open it in a browser.")
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        grid.add_row(name, escape(fact))
+    console.print(grid)
+
+
+def _print_layers(layers: pd.DataFrame, outputs: str) -> None:
+    """`overview`, a row for each layer."""
+    console.print(
+        f"\n[bold]Layers[/], by the mean over {layers['outputs'].iloc[0]} output {outputs}; in "
+        "brackets that of Gaussian weights",
+        soft_wrap=True,
+    )
+    table = Table("layer", "rank", "norm", box=None, header_style="bold")
+    for heading in ("effective rank (95 %)", "top 1 holds", "top 8 hold"):
+        table.add_column(heading, justify="right")
+    for row in layers.to_dict("records"):
+        read = ["nothing that classes read", "", ""]
+        if not math.isnan(row["effective_rank"]):
+            half = (row["effective_rank_high"] - row["effective_rank_low"]) / 2
+            read = [
+                f"{row['effective_rank']:.1f} ± {half:.1f} ({row['random_effective_rank']:.1f})",
+                *(f"{row[f'top_{k}']:.1%} ({row[f'random_top_{k}']:.1%})" for k in (1, 8)),
+            ]
+        table.add_row(str(row["layer"]), str(row["rank"]), f"{row['norm']:.3g}", *read)
+    console.print(table)
 
 
 def _check_writable(file: Path) -> None:

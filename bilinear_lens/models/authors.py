@@ -1,11 +1,11 @@
-"""The layout in which the bilinear papers' authors publish language models, as a stock Llama.
+"""The layout in which the bilinear papers' authors publish language models, and a stock Llama.
 
 The only file that knows it.
 """
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear")
 """By these keys of its config the layout is recognised."""
@@ -16,7 +16,19 @@ TOKENIZERS = {
 }
 """Where the short names in the configs live on the Hub; others stand for themselves."""
 
+THIS_FOLDER = "."
+"""What a config of ours has for a tokenizer whose files lie beside it."""
+
 GATES = ("linear", "relu", "silu", "gelu")
+
+EPSILON = 1e-8
+"""Of their norms."""
+
+NO_NORM_EPSILON = 1e12
+"""So large that a norm divides by its root, whatever the input."""
+
+SAME_MATHEMATICS = ("LlamaForCausalLM", "MistralForCausalLM")
+"""Architectures that the layout can hold; others scale, norm or bias what it does not."""
 
 
 def to_llama(config: dict, weights: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -52,7 +64,7 @@ def to_llama(config: dict, weights: dict[str, Tensor]) -> LlamaForCausalLM:
         )
     d_model, d_hidden, n_layers = config["d_model"], config["d_hidden"], config["n_layer"]
     has_bias, has_norm = bool(config.get("bias")), config.get("normalization", True)
-    epsilon = 1e-8 if has_norm else 1e12
+    epsilon = EPSILON if has_norm else NO_NORM_EPSILON
     gain = torch.ones(d_model) * (1.0 if has_norm else epsilon**0.5)
     weights = {
         name: weight
@@ -115,3 +127,116 @@ def to_llama(config: dict, weights: dict[str, Tensor]) -> LlamaForCausalLM:
     )
     model.load_state_dict(state)
     return model.eval()
+
+
+@torch.no_grad()
+def from_llama(model: PreTrainedModel) -> tuple[dict, dict[str, Tensor]]:
+    """Config and state dict, in their layout, of a stock Llama with the same logits.
+
+    Exact up to float32's rounding, in which the weights are given:
+
+    - The gains of norms go into the weights that read them. A tied unembedding is untied.
+    - Their norms' epsilon is 1e-8. With another, all that is written to the residual stream is
+      multiplied by `s = sqrt(1e-8 / eps)`: the norm of `s x` with 1e-8 is that of `x` with `eps`,
+      and nothing reads the stream but through a norm.
+    - Their attention's output is scaled by `1 / sqrt(2 n_layer)`, which is divided out.
+    - Grouped keys and values are repeated, one for each head.
+
+    Args:
+        model: a `LlamaForCausalLM`, or a `MistralForCausalLM` whose window spans its context.
+
+    Raises:
+        ValueError: if the layout has no place for what the model does.
+    """
+    _check_expressible(model)
+    config = model.config
+    n_heads, n_layers = config.num_attention_heads, config.num_hidden_layers
+    d_head = config.hidden_size // n_heads
+    ours = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
+    epsilon = config.rms_norm_eps
+    has_bias, has_norm = "model.layers.0.mlp.up_proj.bias" in ours, epsilon < NO_NORM_EPSILON
+    scale = (EPSILON / epsilon) ** 0.5 if has_norm else 1.0
+    divisor = 1.0 if has_norm else epsilon**0.5  # what such a norm divides by, as a gain
+
+    def read(name: str, norm: str) -> Tensor:
+        return ours[f"{name}.weight"] * (ours[f"{norm}.weight"] / divisor)
+
+    def each_head(weight: Tensor) -> Tensor:
+        heads = weight.unflatten(0, (config.num_key_value_heads, d_head))
+        return heads.repeat_interleave(n_heads // len(heads), dim=0).flatten(0, 1)
+
+    theirs = {
+        "transformer.wte.weight": ours["model.embed_tokens.weight"] * scale,
+        "lm_head.weight": read("lm_head", "model.norm"),
+    }
+    for layer in range(n_layers):
+        block, to = f"model.layers.{layer}.", f"transformer.h.{layer}."
+        q, k, v = (
+            read(f"{block}self_attn.{x}_proj", block + "input_layernorm") for x in ("q", "k", "v")
+        )
+        left, right = (
+            read(f"{block}mlp.{x}_proj", block + "post_attention_layernorm") for x in ("gate", "up")
+        )
+        output = ours[block + "self_attn.o_proj.weight"] * (scale * (2 * n_layers) ** 0.5)
+        theirs |= {
+            to + "attn.qkv.weight": torch.cat([q, each_head(k), each_head(v)]),
+            to + "attn.o.weight": output,
+            to + "attn.rotary.inv_freq": 10000 ** (-torch.arange(0, d_head, 2) / d_head),
+            to + "mlp.w.weight": torch.cat([left, right]),
+            to + "mlp.p.weight": ours[block + "mlp.down_proj.weight"] * scale,
+        }
+        if has_bias:
+            biases = [ours[f"{block}mlp.{x}_proj.bias"] for x in ("gate", "up")]
+            theirs[to + "mlp.w.bias"] = torch.cat(biases)
+    return {
+        "n_head": n_heads,
+        "n_layer": n_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_model": config.hidden_size,
+        "d_hidden": config.intermediate_size,
+        "bilinear": True,
+        "gate": None if config.hidden_act == "linear" else config.hidden_act,
+        "bias": has_bias,
+        "normalization": has_norm,
+        "tokenizer": None,
+    }, theirs
+
+
+def _check_expressible(model: PreTrainedModel) -> None:
+    """Refuse what their layout cannot say.
+
+    Raises:
+        ValueError: naming what the model has, and what the layout asks for.
+    """
+    config, architecture = model.config, type(model).__name__
+    remedy = "Keep it in the Hugging Face layout."
+    if architecture not in SAME_MATHEMATICS:
+        raise ValueError(
+            f"This is a {architecture}; the authors' layout has a place for the mathematics of "
+            f"{' and '.join(SAME_MATHEMATICS)}. {remedy}"
+        )
+    d_model, n_heads = config.hidden_size, config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or d_model // n_heads
+    n_ctx, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    biases = [
+        name
+        for name, weight in model.named_parameters()
+        if name.endswith(".bias")
+        and not name.endswith(("gate_proj.bias", "up_proj.bias"))
+        and weight.any()
+    ]
+    if d_head * n_heads != d_model:
+        has, asks = f"heads of width {d_head}", f"d_model / n_head = {d_model} / {n_heads}"
+    elif biases:
+        has, asks = f"a non-zero {biases[0]}", "biases of the gate and up projections alone"
+    elif config.rope_parameters != {"rope_type": "default", "rope_theta": 10000}:
+        has, asks = f"rotary embeddings of {config.rope_parameters}", "base 10000, not scaled"
+    elif window and window < n_ctx:
+        has, asks = f"a sliding window of {window}", f"attention to its whole context of {n_ctx}"
+    elif config.hidden_act not in GATES:
+        has, asks = f"the activation {config.hidden_act!r}", f"one of {', '.join(GATES)}"
+    elif config.rms_norm_eps <= 0:
+        has, asks = f"rms_norm_eps={config.rms_norm_eps}", "an epsilon above zero"
+    else:
+        return
+    raise ValueError(f"This model has {has}; the authors' layout asks for {asks}. {remedy}")

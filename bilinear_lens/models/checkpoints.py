@@ -12,17 +12,18 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
     StrictDataclassError,
 )
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -43,6 +44,13 @@ CLASSIFIER = "HookedBilinearClassifier"
 
 ACTIVATION_NAMES = ("hidden_act", "hidden_activation")
 """Where configs name the activation of a gate; Gemma has both."""
+
+Layout = Literal["hugging-face", "authors"]
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+PUSHED = ("README.md", "LICENSE*", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What a saved model is made of; nothing else that lies in its folder is uploaded."""
 
 
 def built_in(name: str) -> Path:
@@ -88,7 +96,8 @@ def load_checkpoint(
         model = authors.to_llama(config, weights)
         model = model if dtype == "auto" else model.to(dtype)  # pyright: ignore[reportArgumentType]
         name = config.get("tokenizer") or ""
-        named_tokenizer = authors.TOKENIZERS.get(name, name)
+        beside = (folder / "tokenizer.json").exists()
+        named_tokenizer = folder if beside else authors.TOKENIZERS.get(name, name)
     else:
         raise ValueError(
             f"{folder / 'config.json'} is neither a Hugging Face config (it has no model_type) nor "
@@ -121,17 +130,117 @@ def with_linear_name(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    layout: Layout = "hugging-face",
 ) -> None:
-    """Save as a plain Hugging Face folder, which appears whole or not at all.
+    """Save as a folder, which appears whole or not at all.
+
+    Args:
+        layout: "hugging-face" is what plain Transformers loads; "authors" is that of the bilinear
+            papers' authors, in float32, with the tokenizer's files beside it.
 
     Raises:
-        ValueError: if `path` exists or cannot be made.
+        ValueError: if `path` exists or cannot be made, there is no such layout, or the authors'
+            has no place for what the model does.
     """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
     with write_folder(path) as folder:
-        model.save_pretrained(folder)
+        if layout == "hugging-face":
+            model.save_pretrained(folder)
+        else:
+            config, weights = authors.from_llama(model)
+            if tokenizer is not None:
+                config["tokenizer"] = authors.THIS_FOLDER
+            (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a saved model to the Hugging Face Hub: config, safetensors, tokenizer and card.
+
+    Of the folder only those files are uploaded, and licences; nothing of its subfolders. All that
+    can be checked here is checked before the network is asked.
+
+    Args:
+        folder: with a `README.md` that says how the model was made and what that cost.
+        repo_id: `user/name`; the repository is made if there is none.
+        private: refuse to upload to a repository that all can see, and make a private one.
+        revision: a branch, made if there is none; the main one otherwise.
+        token: what `hf auth login` saved, otherwise.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: if the folder is missing, has no config or card, or its weights are missing,
+            cut short or pickles; if `repo_id` is none, or the Hub cannot be reached or refuses.
+    """
+    folder = Path(folder)
+    _check_pushable(folder, repo_id)
+    try:
+        api = HfApi(token=token)
+        url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} is there already, and public: make it private in its settings, or give "
+                "another name."
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            url = f"{url}/tree/{revision}"
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload model",
+            allow_patterns=[*PUSHED],
+            ignore_patterns=["*/*"],
+        )
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise ValueError(
+            f"Cannot push to {repo_id!r} on the Hugging Face Hub: {' '.join(str(error).split())} "
+            "Check the network, and that `hf auth login` (or token=) gave a token that may write."
+        ) from error
+    return url
+
+
+def _check_pushable(folder: Path, repo_id: str) -> None:
+    """Refuse, before any network, what should not be on the Hub.
+
+    Raises:
+        ValueError: as `push_to_hub`.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}: give one that save_pretrained made.")
+    _read_config(folder)
+    _check_weight_files(folder)
+    if pickles := _pickles(folder):
+        raise ValueError(
+            f"{folder} holds pickles ({', '.join(pickles)}), which can run code: move them "
+            "elsewhere, safetensors are enough."
+        )
+    card = folder / "README.md"
+    if not card.is_file() or not card.read_text(encoding="utf-8").strip():
+        raise ValueError(
+            f"{folder} has no model card: write a README.md that says how the model was made, on "
+            "what data, and what it cost. `bilinear-lens train` writes one."
+        )
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is no name on the Hub: give user/name.")
+    validate_repo_id(repo_id)
 
 
 @contextmanager
@@ -152,6 +261,16 @@ def write_folder(path: str | Path) -> Iterator[Path]:
             folder.rename(path)
     except OSError as error:
         raise ValueError(f"Cannot write {path}: {error}.") from error
+
+
+def holds_classifier(name_or_path: str | Path) -> bool:
+    """Whether a built-in name, a folder or a Hub id is that of a `HookedBilinearClassifier`.
+
+    Raises:
+        KeyError, ValueError: as `load_checkpoint`, if there is no config to be had.
+    """
+    folder, _ = _folder(name_or_path, None)
+    return _read_config(folder).get("architecture") == CLASSIFIER
 
 
 def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[dict, Path]:
@@ -213,22 +332,26 @@ def _snapshot(name: str, *, revision: str | None = None, local_files_only: bool 
 
 
 def _read_config(folder: Path) -> dict:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: it is not a checkpoint folder.")
+    return _read_settings(folder / "config.json")
+
+
+def _read_settings(file: Path) -> dict:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no config.json: it is not a checkpoint folder.") from error
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} holds no settings, but {str(config)[:40]!r}.")
-    return config
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings, but {str(settings)[:40]!r}.")
+    return settings
 
 
 def _check_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each whole."""
+    """The safetensors files of a folder: each whole, and all that an index of parts names."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        pickles = [file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt*")]]
+        pickles = _pickles(folder)
         found = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "none"
         raise ValueError(
             f"{folder} must hold its weights as safetensors; there are {found}. Convert them where "
@@ -242,7 +365,18 @@ def _check_weight_files(folder: Path) -> list[Path]:
             raise ValueError(
                 f"{shard} is cut short or not safetensors ({error}): fetch it again."
             ) from error
+    index, names = folder / "model.safetensors.index.json", {shard.name for shard in shards}
+    if index.exists() and "model.safetensors" not in names:  # a whole file is read without it
+        named = dict(_read_settings(index).get("weight_map", {}))
+        if missing := sorted(set(named.values()) - names):
+            raise ValueError(
+                f"{folder} lacks {missing[:3]}, which {index.name} names: fetch it again."
+            )
     return shards
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
 
 
 def _load_hugging_face(

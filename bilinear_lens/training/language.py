@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.trainer_utils import get_last_checkpoint
 
 from bilinear_lens.models.checkpoints import check_new
-from bilinear_lens.training.text import pack, read_stories, train_tokenizer
+from bilinear_lens.training.text import load_text, pack, tokens_per_byte, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def train_language(
     `torchrun` or `accelerate launch`, the Trainer spreads the run over processes.
 
     Args:
-        text: files to train on; see `read_stories`.
+        text: files to train on; see `load_text`.
         held_out: files for the reported loss.
         tokenizer: a folder with a tokenizer; None trains one of `recipe.vocab_size` on `text`.
         resume: go on from the last checkpoint, which must come from the same recipe.
@@ -146,13 +146,14 @@ def train_language(
         recipes["silu"] = (Path(f"{out}-swiglu"), replace(recipe, activation="silu"))
     for folder, planned in recipes.values():
         _check_free(folder, planned, resume)
-    stories, held_out_stories = read_stories(text), read_stories(held_out)
+    documents, held_out_documents = load_text(text), load_text(held_out)
     if tokenizer is None:
-        tok = train_tokenizer(stories, vocab_size=recipe.vocab_size, n_ctx=recipe.n_ctx)
+        tok = train_tokenizer(documents, vocab_size=recipe.vocab_size, n_ctx=recipe.n_ctx)
     else:
         tok = AutoTokenizer.from_pretrained(tokenizer)
-    windows, _ = pack(stories, tok, n_ctx=recipe.n_ctx)
-    held_out_windows, tokens_per_byte = pack(held_out_stories, tok, n_ctx=recipe.n_ctx)
+    windows = pack(documents, tok, n_ctx=recipe.n_ctx)
+    held_out_windows = pack(held_out_documents, tok, n_ctx=recipe.n_ctx)
+    per_byte = tokens_per_byte(held_out_documents, tok)
 
     losses, models = {}, {}
     for activation, (folder, planned) in recipes.items():
@@ -164,7 +165,7 @@ def train_language(
         model = trainer.model.to(torch.bfloat16)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
         trainer.model = trainer.model_wrapped = model  # the loss of what is saved
         per_token = trainer.evaluate()["eval_loss"]
-        losses[activation] = HeldOutLoss(per_token, per_token * tokens_per_byte)
+        losses[activation] = HeldOutLoss(per_token, per_token * per_byte)
         models[activation] = model
     if not PartialState().is_main_process:
         return losses

@@ -1,0 +1,110 @@
+"""The way from a gated model to a bilinear one, as a callback for any Hugging Face Trainer."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from bilinear_lens.training.gates import anneal_gates, fold_gates
+
+STEEPNESS = 4.0
+"""Of the exponential schedule: its last tenth falls a fortieth as fast as its first."""
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: t,
+    "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
+    "exponential": lambda t: math.expm1(-STEEPNESS * t) / math.expm1(-STEEPNESS),
+    "smootherstep": lambda t: t**3 * (6 * t**2 - 15 * t + 10),
+}
+"""How far the gates have become linear, from 0 to 1, by the share `t` of the annealing."""
+
+
+class GateAnnealing(TrainerCallback):
+    """Anneals a model's gates while a Trainer trains it; `fold` then makes a stock model of it.
+
+    Put it into `Trainer(callbacks=[...])` and call `fold()` after `train()`. What it changes by
+    the step is saved with the weights, so that a resumed run goes on where it was.
+
+    Args:
+        model: a Hugging Face model with gated MLPs; its gates are replaced in place, and at first
+            compute the same.
+        share: of the steps, over which beta falls from 1 to 0; 0 makes the gates linear at once.
+        schedule: a name in `SCHEDULES`.
+        layer_by_layer: the layers become linear one after the other, from the first on, in equal
+            parts of `share`; otherwise all together.
+        learn_scale: whether each neuron's scale is trained.
+        shifts: for each layer, what its gate's weights move by as beta falls, [d_mlp, d_model]
+            (with a bias in the gate, another column); see `least_squares_shifts`.
+
+    Raises:
+        ValueError: if the model has no gated MLPs, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        share: float,
+        schedule: str = "linear",
+        layer_by_layer: bool = False,
+        learn_scale: bool = False,
+        shifts: Sequence[Tensor] | None = None,
+    ) -> None:
+        check_schedule(schedule, share)
+        self.model = model
+        self.share = share
+        self.schedule = SCHEDULES[schedule]
+        self.layer_by_layer = layer_by_layer
+        self.shifts = shifts
+        self.mlps = anneal_gates(model, learn_scale=learn_scale)
+
+    def beta(self, progress: float, layer: int) -> float:
+        """Of a layer's gate, after a share `progress` of all steps."""
+        through = progress / self.share if self.share else 1.0
+        if self.layer_by_layer:
+            through = through * len(self.mlps) - layer
+        return 1 - self.schedule(min(max(through, 0.0), 1.0))
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.set(state.global_step / state.max_steps)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.set(1.0)
+
+    @torch.no_grad()
+    def set(self, progress: float) -> None:
+        """Set every gate for a share `progress` of all steps."""
+        for layer, mlp in enumerate(self.mlps):
+            gate = mlp.annealed
+            beta = self.beta(progress, layer)
+            if self.shifts is not None and (fallen := gate.beta.item() - beta):
+                shift = self.shifts[layer].to(mlp.gate.weight)
+                d_in = mlp.gate.in_features
+                for rows, part in zip(
+                    mlp.gate_rows(), (shift[:, :d_in], shift[:, d_in:].squeeze(1)), strict=False
+                ):
+                    rows.add_(fallen * part)
+            gate.beta.fill_(beta)
+
+    def fold(self) -> PreTrainedModel:
+        """Make the model a stock one with `hidden_act="linear"`, in place.
+
+        Raises:
+            ValueError: if a gate is not linear yet: training has not come to its end.
+        """
+        fold_gates(self.model, self.mlps)
+        return self.model
+
+
+def check_schedule(schedule: str, share: float) -> None:
+    """Refuse what is no schedule.
+
+    Raises:
+        ValueError: naming the schedules, or the range of the share.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}.")
+    if not 0 <= share <= 1:
+        raise ValueError(f"anneal={share} must be a share of the steps, from 0 to 1.")

@@ -1,0 +1,73 @@
+"""A loss that keeps a model's predictions near another's, for any Hugging Face Trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+IGNORED = -100
+"""The label of positions that count in no loss."""
+
+
+class DistillationLoss:
+    """KL divergence from a frozen teacher's next-token predictions, mixed with the usual loss.
+
+    Give it to `Trainer(compute_loss_func=...)`. A hook on the student sees what it reads, so the
+    teacher reads the same.
+
+    Args:
+        student: the model that is trained.
+        teacher: a model of the same vocabulary; it is frozen and follows the student's device.
+        weight: of the divergence, from 0 to 1; the language-model loss has the rest.
+
+    Raises:
+        ValueError: if the weight is out of range or the vocabularies differ.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, *, weight: float) -> None:
+        if not 0 < weight <= 1:
+            raise ValueError(f"distill={weight} must be above 0 and at most 1.")
+        if student.config.vocab_size != teacher.config.vocab_size:
+            raise ValueError(
+                f"The teacher has {teacher.config.vocab_size} tokens, the student "
+                f"{student.config.vocab_size}: give a teacher of the same vocabulary."
+            )
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.weight = weight
+        self._inputs: dict[str, Any] = {}
+        student.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = ("input_ids", "attention_mask", "position_ids")
+        self._inputs = dict(zip(names, args, strict=False)) | {
+            name: kwargs[name] for name in names if kwargs.get(name) is not None
+        }
+
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The loss of a batch, in nats per token.
+
+        Args:
+            outputs: the student's, with `logits`, [batch, seq, vocab].
+            labels: token ids, [batch, seq]; positions with -100 do not count.
+            num_items_in_batch: tokens of all batches that one step accumulates.
+        """
+        targets = labels[:, 1:].reshape(-1)
+        counted = targets != IGNORED
+        targets = targets[counted]
+        ours = _log_probs(outputs.logits, counted)
+        with torch.no_grad():
+            teacher = self.teacher.to(outputs.logits.device)  # pyright: ignore[reportArgumentType]
+            theirs = _log_probs(teacher(**self._inputs, use_cache=False).logits, counted)
+        loss = self.weight * functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+        if self.weight < 1:
+            loss = loss + (1 - self.weight) * functional.nll_loss(ours, targets, reduction="sum")
+        return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _log_probs(logits: Tensor, counted: Tensor) -> Tensor:
+    """Of each next token, at the positions that count, in float32."""
+    return logits[:, :-1].flatten(0, 1)[counted].float().log_softmax(-1)

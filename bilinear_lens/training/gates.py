@@ -1,0 +1,171 @@
+"""Gates that become linear: `scale * z * sigmoid(beta z)` with beta from 1 to 0, then folded away.
+
+The annealing of arXiv 2410.08417 (its section on finetuning) for SiLU, and the like for GELU and
+ReLU. Everything here changes a stock Hugging Face model in place and leaves a stock model behind.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN, LinearActivation
+
+from bilinear_lens.models.checkpoints import ACTIVATION_NAMES
+
+RIDGE = 1e-4
+"""Of the mean squared input: enough to solve where inputs are collinear, too little to matter."""
+
+
+def _silu(z: Tensor, beta: Tensor) -> Tensor:
+    return z * torch.sigmoid(beta * z)
+
+
+def _gelu(z: Tensor, beta: Tensor) -> Tensor:
+    return z * (0.5 + 0.5 * torch.erf(beta / math.sqrt(2) * z))
+
+
+def _gelu_tanh(z: Tensor, beta: Tensor) -> Tensor:
+    y = beta * z
+    return z * (0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+def _relu(z: Tensor, beta: Tensor) -> Tensor:
+    # a step has no slope to lower; its height falls instead
+    return 0.5 * z + 0.5 * beta * z.abs()
+
+
+FAMILIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _silu,
+    "swish": _silu,
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "relu": _relu,
+}
+"""For each activation a family in beta: the activation at 1, half of its input at 0."""
+
+
+class AnnealedGate(nn.Module):
+    """In place of a gate's activation: `scale * z * sigmoid(beta z)`, or its like.
+
+    With `beta` 1 it is the activation; with 0 it is linear, `scale * z / 2`.
+
+    Args:
+        activation: a name in `FAMILIES`.
+        d_mlp: neurons, each with a scale of its own, 1 at first.
+        learn_scale: whether the scales are trained.
+    """
+
+    def __init__(self, activation: str, d_mlp: int, *, learn_scale: bool) -> None:
+        super().__init__()
+        self.family = FAMILIES[activation]
+        self.scale = nn.Parameter(torch.ones(d_mlp), requires_grad=learn_scale)
+        self.register_buffer("beta", torch.ones(()))  # in checkpoints, so that a run resumes
+
+    def forward(self, z: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+        return self.scale * self.family(z, self.beta)
+
+
+@dataclass(frozen=True, eq=False)
+class GatedMLP:
+    """A gated MLP of a Hugging Face model, by its parts."""
+
+    module: nn.Module
+    activation: str
+    """The attribute that holds the gate's activation."""
+    gate: nn.Linear
+    """The gate's projection; with the other one behind it in the same weight, as in Phi-3, if
+    `fused`."""
+    fused: bool
+
+    @property
+    def d_mlp(self) -> int:
+        return self.gate.out_features // (2 if self.fused else 1)
+
+    @property
+    def annealed(self) -> AnnealedGate:
+        return getattr(self.module, self.activation)
+
+    def gate_rows(self) -> Iterator[Tensor]:
+        """The gate's weight and bias, as views."""
+        yield self.gate.weight[: self.d_mlp]
+        if self.gate.bias is not None:
+            yield self.gate.bias[: self.d_mlp]
+
+
+def gate_activation(config: PretrainedConfig) -> str | None:
+    """The name of the activation in a config's gates, if it names one."""
+    names = [getattr(config, name, None) for name in reversed(ACTIVATION_NAMES)]
+    return next((name for name in names if name is not None), None)
+
+
+def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
+    """The gated MLPs of a model, in the order of its layers.
+
+    Raises:
+        ValueError: if it has none, or too few: every layer must have one.
+    """
+    found = []
+    for module in model.modules():
+        parts = dict(module.named_children())
+        activation = next((name for name in ("act_fn", "activation_fn") if name in parts), None)
+        fused = "gate_up_proj" in parts
+        gate = parts.get("gate_up_proj" if fused else "gate_proj")
+        if activation and isinstance(gate, nn.Linear) and "down_proj" in parts:
+            found.append(GatedMLP(module, activation, gate, fused))
+    n_layers = model.config.get_text_config().num_hidden_layers
+    if len(found) != n_layers:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} gated MLPs in {n_layers} layers; each layer "
+            "must have one, as in Llama, Mistral, Qwen 2 and 3, Gemma and Phi-3 (a mixture of "
+            "experts has many, a plain MLP is none)."
+        )
+    return found
+
+
+def anneal_gates(model: PreTrainedModel, *, learn_scale: bool = False) -> list[GatedMLP]:
+    """Put an `AnnealedGate` in the place of each gate's activation; the model computes the same.
+
+    Raises:
+        ValueError: if the model has no gated MLPs, or gates of an activation without a family.
+    """
+    mlps = gated_mlps(model)
+    name = gate_activation(model.config)
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"The gates of {type(model).__name__} go through {name!r}, for which no way to a "
+            f"linear gate is known. These have one: {known}."
+        )
+    for mlp in mlps:
+        gate = AnnealedGate(name, mlp.d_mlp, learn_scale=learn_scale)
+        setattr(mlp.module, mlp.activation, gate.to(mlp.gate.weight))
+    return mlps
+
+
+@torch.no_grad()
+def fold_gates(model: PreTrainedModel, mlps: Iterable[GatedMLP]) -> None:
+    """Make a model whose gates are linear, beta 0, a stock one: `hidden_act="linear"`.
+
+    The scales go into the gates' weights, and the logits stay the same.
+
+    Raises:
+        ValueError: if a gate is not linear yet.
+    """
+    for layer, mlp in enumerate(mlps):
+        if (beta := mlp.annealed.beta.item()) != 0:
+            raise ValueError(f"The gate of layer {layer} has beta {beta:g}; it must be 0 to fold.")
+        for rows in mlp.gate_rows():
+            rows.mul_((mlp.annealed.scale / 2).view(-1, *[1] * (rows.ndim - 1)))
+        setattr(mlp.module, mlp.activation, LinearActivation())
+    for name in ACTIVATION_NAMES:
+        if getattr(model.config, name, None) is not None:
+            setattr(model.config, name, "linear")
