@@ -4,21 +4,33 @@ import gzip
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from models import CONFIGS, SIZES, random_model, some_tokens
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import bilinear_lens as bl
 from bilinear_lens.models.checkpoints import built_in
 from bilinear_lens.training import language
-from bilinear_lens.training.language import LanguageRecipe, train_language
+from bilinear_lens.training import text as text_module
+from bilinear_lens.training.corpus import read_corpus
+from bilinear_lens.training.language import train_language
+from bilinear_lens.training.recipe import LanguageRecipe
+from bilinear_lens.training.regularisers import latent_noise
+from bilinear_lens.training.runs import last_checkpoint
 from bilinear_lens.training.text import load_text, pack, train_tokenizer
+from bilinear_lens.training.timing import step_seconds
 
 RECIPE = LanguageRecipe(
     n_layers=1,
@@ -30,7 +42,9 @@ RECIPE = LanguageRecipe(
     epochs=4.0,
     batch_size=8,
     learning_rate=1e-2,
+    latent_noise=0.1,
 )
+SHORT = replace(RECIPE, tokens=40 * 8 * 32)
 
 
 @pytest.fixture(scope="module")
@@ -43,73 +57,256 @@ def texts(tmp_path_factory) -> dict[str, Any]:
     return {"text": [folder / "train.txt"], "held_out": [folder / "held-out.txt.gz"]}
 
 
-def test_a_trained_model_has_learned_and_is_bilinear(texts, tmp_path):
-    losses = train_language(tmp_path / "model", recipe=RECIPE, twin=True, command="run me", **texts)
-    assert set(losses) == {"linear", "silu"}
-    for loss in losses.values():
-        assert loss.per_token < 0.8 * math.log(300)
-        assert loss.per_byte < loss.per_token
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-swiglu"]
-    model = bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model", dtype="auto")
-    assert model.W_E.dtype == torch.bfloat16
-    assert model.W_E[0].any()  # the first token of a text is trained, too
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert f"{losses['linear'].per_token:.4f}" in card and f"{losses['silu'].per_byte:.4f}" in card
-    assert "run me" in card and "bilinear, this model" in card
-    with pytest.raises(ValueError, match="bilinearize"):
-        bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model-swiglu")
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory):
+    """A bilinear and a SwiGLU model, with their checkpoints, and what was said of them."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "rmtree", lambda folder: None)
+        results = train_language(
+            folder / "model", recipe=RECIPE, compare=["silu"], command="run me", **texts
+        )
+    return folder, results
 
 
-def test_the_reported_loss_is_that_of_the_saved_model(texts, tmp_path):
-    losses = train_language(tmp_path / "model", recipe=RECIPE, **texts)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    (file,) = texts["held_out"]
-    documents = load_text(Path(file))
-    tokens = pack(documents, tokenizer, n_ctx=32)[:]["input_ids"]
-    with torch.no_grad():
-        loss = plain(tokens, labels=tokens).loss.item()
-    assert losses["linear"].per_token == pytest.approx(loss, abs=0.02)  # evaluated in bfloat16
-    stories = list(documents["text"])
-    n_tokens = sum(len(tokenizer(story)["input_ids"]) + 1 for story in stories)
-    n_bytes = sum(len(story.encode()) for story in stories)
-    assert losses["linear"].per_byte == pytest.approx(
-        losses["linear"].per_token * n_tokens / n_bytes
-    )
+def curve(checkpoints: Path) -> list[dict[str, float]]:
+    """What a run with kept checkpoints logged, without its times."""
+    last = last_checkpoint(checkpoints)
+    assert last is not None
+    rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+    return [{name: row[name] for name in kept if name in row} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal losses at every logged step, and equal weights."""
+    assert curve(Path(f"{a}.checkpoints")) == curve(Path(f"{b}.checkpoints"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert ours.keys() == theirs.keys()
+    assert all(weight.equal(theirs[name]) for name, weight in ours.items())
 
 
 class Stopped(Exception):
     """In place of a power cut."""
 
 
-def test_a_run_that_was_cut_off_resumes_to_the_same_model(texts, tmp_path, monkeypatch):
-    tokenizer = train_tokenizer(load_text(texts["text"]), vocab_size=300, n_ctx=32)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    options: dict[str, Any] = {"recipe": RECIPE, "tokenizer": tmp_path / "tokenizer", **texts}
-    whole = train_language(tmp_path / "whole", **options)
+class Interrupted(language.Trainer):
+    """Stops in the middle."""
 
-    class Interrupted(language.Trainer):
-        def _maybe_log_save_evaluate(self, *args, **kwargs):
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-            if self.state.global_step > 0.5 * self.state.max_steps:
-                raise Stopped
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.state.global_step > 0.55 * self.state.max_steps:
+            raise Stopped
 
+
+def test_a_trained_model_has_learned_and_is_bilinear(whole):
+    folder, results = whole
+    assert list(results) == ["linear", "silu"]
+    for result in results.values():
+        assert result.per_token < 0.8 * math.log(300)
+        assert result.per_byte < result.per_token
+    model = bl.HookedBilinearTransformer.from_pretrained(folder / "model", dtype="auto")
+    assert model.W_E.dtype == torch.bfloat16
+    assert model.W_E[0].any()  # the first token of a text is trained, too
+    assert json.loads((folder / "model" / "config.json").read_text())["use_cache"]
+    with pytest.raises(ValueError, match="bilinearize"):
+        bl.HookedBilinearTransformer.from_pretrained(folder / "model-swiglu")
+    ours, theirs = (
+        load_file(folder / name / "model.safetensors") for name in ("model", "model-swiglu")
+    )
+    assert {name: w.shape for name, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
+
+
+def test_the_card_says_what_was_made_and_what_it_took(whole, texts):
+    folder, results = whole
+    ours, card = results["linear"], (folder / "model" / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    n_windows = len(pack(load_text(texts["text"]), tokenizer, n_ctx=32))
+    assert ours.tokens == 4 * n_windows * 32 and ours.steps == 4 * math.ceil(n_windows / 8)
+    assert results["silu"].tokens == ours.tokens and ours.seconds > 0
+    for said in (
+        f"| bilinear, this model | {ours.per_token:.4f} | {ours.per_byte:.4f} |",
+        f"| SwiGLU | {results['silu'].per_token:.4f} | {results['silu'].per_byte:.4f} |",
+        f"**Data**: train.txt. **Tokens seen**: {ours.tokens:,} in 4 epochs.",
+        "weight decay 0.1, latent noise 0.1",
+        f"{ours.seconds:,.0f} seconds of training on a CPU",
+        "```\nrun me\n```",
+        "library_name: transformers",
+        "tags: [bilinear, interpretability]",
+    ):
+        assert said in card
+    assert "tags: [swiglu, " in (folder / "model-swiglu" / "README.md").read_text()
+
+
+def test_the_reported_loss_is_that_of_the_saved_model(whole, texts):
+    folder, results = whole
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    documents = load_text(texts["held_out"])
+    tokens = pack(documents, tokenizer, n_ctx=32)[:]["input_ids"]
+    with torch.no_grad():
+        loss = plain(tokens, labels=tokens).loss.item()
+    ours = results["linear"]
+    assert ours.per_token == pytest.approx(loss, abs=0.02)  # evaluated in bfloat16
+    stories = list(documents["text"])
+    n_tokens = sum(len(tokenizer(story)["input_ids"]) + 1 for story in stories)
+    n_bytes = sum(len(story.encode()) for story in stories)
+    assert ours.per_byte == pytest.approx(ours.per_token * n_tokens / n_bytes)
+
+
+def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path, monkeypatch):
+    """Its newest checkpoint was being written, and is passed over."""
+    monkeypatch.setattr(language, "rmtree", lambda folder: None)
+    options: dict[str, Any] = {"recipe": RECIPE, **texts}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(language, "Trainer", Interrupted)
         train_language(tmp_path / "cut", **options)
     assert not (tmp_path / "cut").exists()
+    checkpoints = tmp_path / "cut.checkpoints"
+    last = last_checkpoint(checkpoints)
+    assert last is not None
+    newest = shutil.copytree(last, checkpoints / f"checkpoint-{int(last.name.split('-')[1]) + 24}")
+    (newest / "trainer_state.json").unlink()
+    (newest / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="resume"):
         train_language(tmp_path / "cut", **options)
     other = dict(options, recipe=replace(RECIPE, seed=1))
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match="another run: recipe differ"):
         train_language(tmp_path / "cut", resume=True, **other)
-    resumed = train_language(tmp_path / "cut", resume=True, **options)
-    assert resumed["linear"].per_token == pytest.approx(whole["linear"].per_token, abs=5e-3)
-    assert not (tmp_path / "cut.checkpoints").exists()
+    (tmp_path / "train.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:20]))
+    changed = dict(options, text=[tmp_path / "train.txt"])
+    with pytest.raises(ValueError, match="another run: steps differ"):
+        train_language(tmp_path / "cut", resume=True, **changed)
+    train_language(tmp_path / "cut", resume=True, **options)
+    assert_same_run(tmp_path / "cut", whole[0] / "model")
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_model(whole, texts, tmp_path, monkeypatch):
+    script = (
+        "import sys; from bilinear_lens.training.language import LanguageRecipe, train_language; "
+        f"train_language(sys.argv[1], text=[sys.argv[2]], held_out=[sys.argv[3]], recipe={RECIPE})"
+    )
+    files = [*texts["text"], *texts["held_out"]]
+    command = [sys.executable, "-c", script, tmp_path / "killed", *files]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and last_checkpoint(tmp_path / "killed.checkpoints") is None:
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    monkeypatch.setattr(language, "rmtree", lambda folder: None)
+    train_language(tmp_path / "killed", recipe=RECIPE, resume=True, **texts)
+    assert_same_run(tmp_path / "killed", whole[0] / "model")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_what_was_good(
+    texts, tmp_path, monkeypatch
+):
+    class Failing(language.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss * math.nan if model.training and self.state.global_step == 25 else loss
+
+    monkeypatch.setattr(language, "Trainer", Failing)
+    with pytest.raises(ValueError, match=r"not finite after 25 steps.*/checkpoint-24\.") as caught:
+        train_language(tmp_path / "model", recipe=SHORT, **texts)
+    last = last_checkpoint(tmp_path / "model.checkpoints")
+    assert last is not None and f"good checkpoint is {last}" in str(caught.value)
+    assert all(w.isfinite().all() for w in load_file(last / "model.safetensors").values())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_stream_is_read_while_training_and_resumes(texts, tmp_path, monkeypatch):
+    """More tokens than it has, over a tokenizer that was made before, in batches of two parts."""
+    tokenizer = train_tokenizer(load_text(texts["text"]), vocab_size=300, n_ctx=32)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    few = "<|endoftext|>".join(bl.held_out_stories()[:5])
+    (tmp_path / "few.txt").write_text(few)
+    options: dict[str, Any] = {
+        "text": str(tmp_path / "few.txt"),
+        "held_out": texts["held_out"],
+        "streaming": True,
+        "tokenizer": tmp_path / "tokenizer",
+        "recipe": replace(SHORT, gradient_accumulation=2, gradient_checkpointing=True, bf16=False),
+    }
+    assert len(tokenizer(few)["input_ids"]) < SHORT.tokens / 2
+    monkeypatch.setattr(language, "rmtree", lambda folder: None)
+    results = train_language(tmp_path / "whole", **options)
+    assert (results["linear"].steps, results["linear"].tokens) == (20, SHORT.tokens)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(language, "Trainer", Interrupted)
+        train_language(tmp_path / "cut", **options)
+    train_language(tmp_path / "cut", resume=True, **options)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_compared_models_can_have_equal_time(texts, tmp_path, monkeypatch):
+    """Steps are timed once: a resumed run has the counts of its beginning."""
+    options: dict[str, Any] = {"recipe": SHORT, "compare": ["relu"], "equal": "time", **texts}
+    monkeypatch.setattr(language, "step_seconds", lambda *args: {"linear": 0.3, "relu": 0.4})
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(language, "Trainer", Interrupted)
+        train_language(tmp_path / "model", **options)
+    monkeypatch.setattr(language, "step_seconds", lambda *args: pytest.fail("timed again"))
+    with pytest.raises(ValueError, match="compare, equal"):
+        train_language(
+            tmp_path / "model", resume=True, **(options | {"compare": [], "equal": "tokens"})
+        )
+    results = train_language(tmp_path / "model", resume=True, **options)
+    assert [result.steps for result in results.values()] == [40, 30]
+    assert results["relu"].tokens == 0.75 * results["linear"].tokens
+    for name in ("model", "model-reglu"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "(bilinear 40 steps of 0.3 s, ReGLU 30 steps of 0.4 s, measured before)" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-reglu"]
+
+
+def test_a_step_of_more_layers_takes_longer(texts):
+    corpus = read_corpus(**texts, tokenizer=None, recipe=RECIPE, streaming=False)
+    recipe = replace(RECIPE, gradient_checkpointing=True)
+    models = {n: replace(recipe, n_layers=n).model(corpus.tokenizer) for n in (6, 1)}
+    batch = corpus.windows[:8]["input_ids"]  # pyright: ignore[reportIndexIssue]
+    times = step_seconds({str(n): model for n, model in models.items()}, recipe, batch)
+    assert times["6"] > times["1"] > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.parametrize("epochs", [0.3, 2.0])
+def test_steps_and_tokens_are_counted(accumulation, n_processes, epochs):
+    recipe = replace(RECIPE, epochs=epochs, batch_size=5, gradient_accumulation=accumulation)
+    windows = 5 * accumulation * n_processes
+    a_pass = [min(windows, 37 - start) for start in range(0, 37, windows)]
+    seen = (a_pass * 2)[: math.ceil(epochs * len(a_pass))]
+    steps = recipe.steps(37, n_processes=n_processes)
+    assert steps == len(seen)
+    assert recipe.tokens_in(steps, 37, n_processes=n_processes) == 32 * sum(seen)
+    by_tokens = replace(recipe, tokens=1 + 32 * 2 * windows)
+    assert by_tokens.steps(None, n_processes=n_processes) == 3
+    assert by_tokens.tokens_in(3, None, n_processes=n_processes) == 32 * 3 * windows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_s_name_brings_its_own_held_out_text(monkeypatch, streaming):
+    stories = {"train": bl.held_out_stories()[:30], "validation": bl.held_out_stories()[30:40]}
+
+    def load_dataset(name, configuration, *, split, streaming):
+        assert (name, configuration) == ("owner/name", None)
+        rows = Dataset.from_dict({"text": stories[split]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(text_module, "load_dataset", load_dataset)
+    corpus = read_corpus("owner/name", None, None, RECIPE, streaming=streaming)
+    assert (corpus.n_windows is None) == streaming
+    expected = pack(text_module.in_memory(stories["validation"]), corpus.tokenizer, n_ctx=32)
+    assert corpus.held_out[:]["input_ids"].equal(expected[:]["input_ids"])
+    with pytest.raises(ValueError, match="held_out is missing"):
+        read_corpus(Dataset.from_dict({"text": ["a"]}), None, None, RECIPE, streaming=False)
 
 
 def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(language, "_trainer", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.setattr(language, "_train", lambda *args: pytest.fail("work has begun"))
 
     def fault(out="model", recipe=RECIPE, **change) -> str:
         with pytest.raises(ValueError) as caught:
@@ -127,23 +324,104 @@ def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
     assert "No text in" in fault(text=[tmp_path / "blank.txt"])
     assert "Cannot read" in fault(text=[tmp_path / "latin.txt"])
     assert "fewer than one window" in fault(held_out=[tmp_path / "short.txt"])
-    with pytest.raises(ValueError, match="no SwiGLU twin"):
-        train_language(
-            tmp_path / "x", recipe=replace(RECIPE, activation="silu"), twin=True, **texts
-        )
+    assert "held_out is missing" in fault(held_out=None)
+    assert "on how many tokens" in fault(streaming=True)
+    stream = {"text": tmp_path / "short.txt", "streaming": True, "recipe": SHORT}
+    assert "stream has fewer than one window" in fault(**stream)
+    assert "Cannot load a tokenizer" in fault(tokenizer=tmp_path / "there")
+    assert "report_to='paper' is not installed" in fault(report_to="paper")
+    for compare in (["linear"], ["silu", "silu"]):
+        assert "name activations once" in fault(compare=compare)
+    assert "activation='no'" in fault(compare=["no"])
     changes: list[dict[str, Any]] = [
         {"activation": "no"},
         {"weight_decay": -1.0},
+        {"latent_noise": math.nan},
         {"n_layers": 0},
         {"d_model": 20},
         {"vocab_size": 100},
         {"epochs": 0.0},
+        {"tokens": 0},
+        {"gradient_accumulation": 0},
     ]
     for change in changes:
         with pytest.raises(ValueError, match=next(iter(change))):
             LanguageRecipe(**change)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"there", "file", "blank.txt", "latin.txt", "short.txt"}
+
+
+FAMILIES = ("llama", "mistral", "qwen2-tied", "qwen3", "gemma-tied", "gemma2-tied", "gemma3-tied")
+
+
+def readers(model) -> list[torch.nn.Module]:
+    attention_and_mlps = [
+        part for each in model.model.layers for part in (each.self_attn, each.mlp)
+    ]
+    return [*attention_and_mlps, model.lm_head]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latent_noise_has_its_size_everywhere_in_training_alone(family):
+    model = random_model(CONFIGS[family])
+    tokens = some_tokens().repeat(16, 1)
+    seen: list[torch.Tensor] = []
+
+    def record(module, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    before = [part.register_forward_pre_hook(record, with_kwargs=True) for part in readers(model)]
+    with torch.no_grad():
+        clean = model(tokens).logits
+        with latent_noise(model, 0.3):
+            after = [
+                part.register_forward_pre_hook(record, with_kwargs=True) for part in readers(model)
+            ]
+            assert model(tokens).logits.equal(clean)
+            seen.clear()
+            noisy = model.train()(tokens).logits
+            for handle in [*before, *after]:
+                handle.remove()
+    assert len(seen) == 2 * (2 * 3 + 1) and not noisy.allclose(clean, atol=1e-2)
+    for x, y in zip(seen[::2], seen[1::2], strict=True):
+        relative = (y - x) / x.std(dim=-1, keepdim=True)
+        assert relative.std().item() == pytest.approx(0.3, rel=0.05)
+        assert relative.mean().item() == pytest.approx(0, abs=0.02)
+    with torch.no_grad():
+        assert model(tokens).logits.equal(clean)
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2-tied"])
+def test_gradients_flow_through_latent_noise_and_checkpointing_keeps_them(family):
+    gradients = []
+    for checkpointing in (False, True):
+        model = random_model(CONFIGS[family]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        tokens = some_tokens()
+        torch.manual_seed(0)
+        with latent_noise(model, 0.3):
+            model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    without, with_it = gradients
+    for name, gradient in without.items():
+        assert gradient is not None and gradient.isfinite().all() and gradient.any()
+        torch.testing.assert_close(gradient, with_it[name])
+
+
+def test_latent_noise_leaves_no_trace_of_an_error_and_refuses_what_it_cannot_do():
+    model = random_model(CONFIGS["llama"])
+    with pytest.raises(Stopped), latent_noise(model, 0.3):
+        raise Stopped
+    assert not any(part._forward_pre_hooks for part in model.modules())
+    with latent_noise(model, 0.0):
+        assert not any(part._forward_pre_hooks for part in model.modules())
+    with pytest.raises(ValueError, match=r"latent_noise=-0\.1"), latent_noise(model, -0.1):
+        pass
+    other = AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES))
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has 3"), latent_noise(other, 0.1):
+        pass
 
 
 @pytest.mark.slow
@@ -154,9 +432,9 @@ def test_two_processes_train_one_model(texts, tmp_path):
         "import sys\n"
         "from bilinear_lens.training.language import LanguageRecipe, train_language\n"
         f"recipe = {RECIPE!r}\n"
-        "losses = train_language(sys.argv[1], text=[sys.argv[2]], held_out=[sys.argv[3]], "
-        "recipe=recipe, twin=True)\n"
-        "print(losses)\n"
+        "results = train_language(sys.argv[1], text=[sys.argv[2]], held_out=[sys.argv[3]], "
+        "recipe=recipe, compare=['silu'], equal='time')\n"
+        "print(results)\n"
     )
     torchrun = Path(sys.executable).with_name("torchrun")
     files = [tmp_path / "model", *texts["text"], *texts["held_out"]]
@@ -169,6 +447,7 @@ def test_two_processes_train_one_model(texts, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-swiglu", "train.py"]
     assert bl.HookedBilinearTransformer.from_pretrained(tmp_path / "model").cfg.n_layers == 1
+    assert "x 2 devices" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.slow

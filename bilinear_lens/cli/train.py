@@ -11,7 +11,8 @@ from rich.markup import escape
 
 import bilinear_lens as bl
 from bilinear_lens.models.fitting import FitRecipe
-from bilinear_lens.training.language import LanguageRecipe, train_language
+from bilinear_lens.training.language import Equal, train_language
+from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.vision import train_vision
 
 app = typer.Typer(no_args_is_help=True, help="Train models.")
@@ -22,13 +23,23 @@ console = Console(highlight=False)
 def language(
     out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
     text: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            help="Training text, .txt or .txt.gz, documents separated by <|endoftext|>. "
-            "May be repeated."
+            help="Training text: files (.txt, documents separated by <|endoftext|>, or .jsonl, "
+            "plain or .gz, or .parquet; may be repeated), or a dataset's name: tinystories, "
+            "fineweb-edu, owner/name[:configuration]."
         ),
     ],
-    held_out: Annotated[list[Path], typer.Option(help="Text for the reported loss.")],
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text for the reported loss, likewise; of a dataset its split validation, which "
+            "is what a named --text needs no --held-out for."
+        ),
+    ] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read the text while training; needs --tokens.")
+    ] = False,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = LanguageRecipe.n_layers,
     d_model: Annotated[int, typer.Option(help="Width.")] = LanguageRecipe.d_model,
     d_mlp: Annotated[int, typer.Option(help="Hidden width of the MLPs.")] = LanguageRecipe.d_mlp,
@@ -41,34 +52,62 @@ def language(
         str, typer.Option(help="Of the gate: linear (bilinear), silu, relu or gelu.")
     ] = LanguageRecipe.activation,
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = LanguageRecipe.epochs,
+    tokens: Annotated[
+        int | None, typer.Option(help="Train on so many, instead of --epochs.")
+    ] = LanguageRecipe.tokens,
     batch_size: Annotated[
-        int, typer.Option(help="Windows of n-ctx tokens a step.")
+        int, typer.Option(help="Windows of n-ctx tokens at once, on each device.")
     ] = LanguageRecipe.batch_size,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Batches a step.")
+    ] = LanguageRecipe.gradient_accumulation,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = LanguageRecipe.gradient_checkpointing,
+    bf16: Annotated[
+        bool, typer.Option(help="Forward passes and the saved model in bfloat16, or in float32.")
+    ] = LanguageRecipe.bf16,
     lr: Annotated[
         float, typer.Option(help="Highest learning rate.")
     ] = LanguageRecipe.learning_rate,
     weight_decay: Annotated[
         float, typer.Option(help="AdamW's; more of it makes spectra steeper.")
     ] = LanguageRecipe.weight_decay,
-    seed: Annotated[int, typer.Option(help="Of initialisation and order.")] = LanguageRecipe.seed,
+    latent_noise: Annotated[
+        float,
+        typer.Option(
+            help="Noise on what attention, MLPs and the unembedding read, relative to its size."
+        ),
+    ] = LanguageRecipe.latent_noise,
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = LanguageRecipe.seed,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with a tokenizer to use instead.")
+        str | None, typer.Option(help="A folder or Hub id of a tokenizer to use instead.")
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also train a model with this activation in its gate (silu, relu, gelu, linear), "
+            "into OUT-swiglu and so on. May be repeated."
+        ),
+    ] = None,
+    equal: Annotated[
+        Equal, typer.Option(help="What compared models are given as much of.")
+    ] = "tokens",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
+    report_to: Annotated[
+        str, typer.Option(help="Where to log, too: tensorboard, wandb, ...")
+    ] = "none",
     data: Annotated[
         str | None, typer.Option(help="The text's name, origin and licence, for the model card.")
     ] = None,
-    twin: Annotated[
-        bool, typer.Option("--twin", help="Also train a SwiGLU model the same way, to compare.")
-    ] = False,
 ) -> None:
-    """Train a small bilinear language model on text files.
+    """Train a small bilinear language model.
 
     Example: bilinear-lens train language my-model --text stories.txt --held-out others.txt
     """
-    losses = train_language(
+    results = train_language(
         out,
         text=text,
         held_out=held_out,
@@ -81,21 +120,29 @@ def language(
             vocab_size=vocab_size,
             activation=activation,
             epochs=epochs,
+            tokens=tokens,
             batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing,
+            bf16=bf16,
             learning_rate=lr,
             weight_decay=weight_decay,
+            latent_noise=latent_noise,
             seed=seed,
         ),
         tokenizer=tokenizer,
+        streaming=streaming,
+        compare=compare or (),
+        equal=equal,
         resume=resume,
+        report_to=report_to,
         command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
         data=data,
-        twin=twin,
     )
-    for gate, loss in losses.items():
+    for gate, result in results.items():
         console.print(
-            f"{gate}: held-out loss {loss.per_token:.4f} nats per token, "
-            f"{loss.per_byte:.4f} per byte"
+            f"{gate}: held-out loss {result.per_token:.4f} nats per token, "
+            f"{result.per_byte:.4f} per byte ({result.tokens:,} tokens, {result.seconds:,.0f} s)"
         )
     console.print(f"Wrote {escape(str(out))}")
 

@@ -19,14 +19,17 @@ class DistillationLoss:
 
     Args:
         student: the model that is trained.
-        teacher: a model of the same vocabulary; it is frozen and follows the student's device.
+        teacher: a model of the same vocabulary; it is not trained, and follows the student's
+            device.
         weight: of the divergence, from 0 to 1; the language-model loss has the rest.
 
     Raises:
         ValueError: if the weight is out of range or the vocabularies differ.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, *, weight: float) -> None:
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, *, weight: float
+    ) -> None:
         if not 0 < weight <= 1:
             raise ValueError(f"distill={weight} must be above 0 and at most 1.")
         if student.config.vocab_size != teacher.config.vocab_size:
@@ -34,10 +37,14 @@ class DistillationLoss:
                 f"The teacher has {teacher.config.vocab_size} tokens, the student "
                 f"{student.config.vocab_size}: give a teacher of the same vocabulary."
             )
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher.eval()
         self.weight = weight
         self._inputs: dict[str, Any] = {}
-        student.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._hook = student.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Take the hook off the student."""
+        self._hook.remove()
 
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = ("input_ids", "attention_mask", "position_ids")

@@ -47,7 +47,8 @@ def evaluate(
         )
     totals = torch.zeros(3, dtype=torch.float64)
     for batch in tqdm(windows.split(batch_size), desc="Evaluating", leave=False):
-        ours, theirs = (_log_probs(each, batch) for each in (model, original))
+        ours = _log_probs(model, batch)
+        theirs = _log_probs(original, batch).to(ours.device)
         targets = batch[:, 1:, None].to(ours.device)
         totals += torch.stack(
             [
@@ -94,8 +95,8 @@ def continuation_choices(
     rows = []
     for document in documents:
         ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-        first = tokenizer.bos_token_id
-        ids = ids if first is None else [int(first), *ids]
+        if isinstance(first := tokenizer.bos_token_id, int):
+            ids = [first, *ids]
         if len(ids) >= size:
             rows.append(ids[:size])
         if len(rows) == limit:

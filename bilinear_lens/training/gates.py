@@ -7,6 +7,7 @@ ReLU. Everything here changes a stock Hugging Face model in place and leaves a s
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -64,6 +65,9 @@ class AnnealedGate(nn.Module):
         learn_scale: whether the scales are trained.
     """
 
+    beta: Tensor
+    scale: nn.Parameter
+
     def __init__(self, activation: str, d_mlp: int, *, learn_scale: bool) -> None:
         super().__init__()
         self.family = FAMILIES[activation]
@@ -105,6 +109,11 @@ def gate_activation(config: PretrainedConfig) -> str | None:
     """The name of the activation in a config's gates, if it names one."""
     names = [getattr(config, name, None) for name in reversed(ACTIVATION_NAMES)]
     return next((name for name in names if name is not None), None)
+
+
+def is_bilinear(model: PreTrainedModel) -> bool:
+    """Whether the gates of a model are linear, going by its config."""
+    return gate_activation(model.config) in ("linear", "identity")
 
 
 def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
@@ -169,3 +178,57 @@ def fold_gates(model: PreTrainedModel, mlps: Iterable[GatedMLP]) -> None:
     for name in ACTIVATION_NAMES:
         if getattr(model.config, name, None) is not None:
             setattr(model.config, name, "linear")
+
+
+@torch.no_grad()
+def least_squares_shifts(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "n n_ctx"],
+    *,
+    batch_size: int = 8,
+) -> list[Float[Tensor, "d_mlp d_in"]]:
+    """What to add to each gate's weights, so that half of its output is near the activation's.
+
+    For each layer it solves `min |gate(x) / 2 - activation(gate(x))|^2` over the weights of the
+    linear gate on the left, on the inputs x that `windows` bring to the layer.
+
+    Args:
+        model: as it is before its gates are replaced.
+        windows: token ids of real text.
+
+    Returns:
+        For each layer [d_mlp, d_model]; where the gate has a bias, its shift is one more column.
+    """
+    mlps = gated_mlps(model)
+    activation = ACT2FN[gate_activation(model.config)]
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(layer: int, mlp: GatedMLP, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        weight, *bias = mlp.gate_rows()
+        error = activation(z := functional.linear(x, weight, *bias)) - z / 2
+        if bias:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x, error = x.double(), error.double()
+        gram, cross = sums.get(layer, (0, 0))
+        sums[layer] = gram + x.mT @ x, cross + x.mT @ error
+
+    hooks = [
+        mlp.module.register_forward_pre_hook(partial(add, layer, mlp))
+        for layer, mlp in enumerate(mlps)
+    ]
+    training = model.training
+    try:
+        for batch in tqdm(windows.split(batch_size), desc="Fitting linear gates", leave=False):
+            model.eval()(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    shifts = []
+    for layer, mlp in enumerate(mlps):
+        gram, cross = sums.pop(layer)
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        # the linear gate's output is halved, so its weights move by twice the fit of the error
+        shifts.append(2 * torch.linalg.solve(gram, cross).mT.to(mlp.gate.weight.dtype))
+    return shifts

@@ -1,14 +1,28 @@
 """Runs of the Hugging Face Trainer: their folders, what resumes them, what stops them."""
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset, IterableDataset
+from jaxtyping import Int
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer import TRAINER_STATE_NAME
+
+from bilinear_lens.training.text import pack
 
 NOTE = "run.json"
 """In a folder of checkpoints: what run they are of."""
@@ -24,7 +38,7 @@ class StopIfNotFinite(TrainerCallback):
         if args.fp16:
             return  # its scaler skips such steps
         gradients = [p.grad for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
-        if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+        if torch.nn.utils.get_total_norm(gradients).isfinite():
             return
         saved = last_checkpoint(args.output_dir)
         kept = f"The last good checkpoint is {saved}." if saved else "No checkpoint was saved yet."
@@ -79,3 +93,130 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     # the Trainer writes its state last: a folder without was cut off
     whole = [state.parent for state in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
+
+
+def train(
+    model: PreTrainedModel,
+    windows: Dataset | IterableDataset,
+    *,
+    args: TrainingArguments,
+    note: dict[str, Any],
+    held_out: Dataset | IterableDataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    loss: Callable | None = None,
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Train a model in place, on the Trainer, in a folder that knows what run it holds.
+
+    Args:
+        note: what decides the run, beside the text and `args`.
+
+    Raises:
+        ValueError: if `args.output_dir` holds another run, or one and `resume` is False; or if the
+            loss is not finite.
+    """
+    folder = Path(args.output_dir or "trainer_output")
+    note = {**note, **text_and_arguments(windows, args)}
+    if args.process_index == 0:
+        check_run_folder(folder, note, resume=resume)
+        note_run(folder, note)
+    if args.gradient_checkpointing and not all(p.requires_grad for p in model.parameters()):
+        model.enable_input_require_grads()
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=windows,  # pyright: ignore[reportArgumentType]
+        eval_dataset=held_out,  # pyright: ignore[reportArgumentType]
+        data_collator=default_data_collator,
+        callbacks=[StopIfNotFinite(), *callbacks],
+        compute_loss_func=loss,
+    )
+    checkpoint = last_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return model
+
+
+def as_windows(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    model: PreTrainedModel,
+    n_ctx: int,
+) -> Dataset | IterableDataset:
+    """Windows of token ids that a model can be trained on.
+
+    Args:
+        dataset: as for `bilinearize`.
+
+    Raises:
+        ValueError: if there are no windows, or the tokens are not the model's.
+    """
+    columns = dataset.column_names or list(next(iter(dataset), ()))
+    if "input_ids" in columns:
+        windows = dataset.with_format("torch")
+    elif tokenizer is None:
+        raise ValueError(
+            f"The dataset has the columns {columns}: give windows of token ids (input_ids), or "
+            "documents (text) and the model's tokenizer."
+        )
+    else:
+        windows = pack(dataset, tokenizer, n_ctx=n_ctx, vocab_size=model.config.vocab_size)
+    some = first_windows(windows, 4)
+    if int(some.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"The windows hold token {int(some.max())}; the model has "
+            f"{model.config.vocab_size}: its tokenizer is another."
+        )
+    with torch.no_grad():
+        loss = float(model(some.to(model.device), labels=some.to(model.device)).loss)
+    if loss > math.log(model.config.vocab_size) + 1:
+        raise ValueError(
+            f"On the text the model has a loss of {loss:.2f} nats per token, worse than a guess "
+            f"({math.log(model.config.vocab_size):.2f}): the tokenizer is not the model's."
+        )
+    return windows
+
+
+def first_windows(windows: Dataset | IterableDataset, n: int) -> Int[Tensor, "n n_ctx"]:
+    """The first `n` windows, or as many as there are.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    rows = [row["input_ids"] for row in windows.take(n)]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if not rows:
+        raise ValueError("The text has no window: give more, or a smaller n_ctx.")
+    return torch.stack(rows)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A SHA-256 of a model's weights."""
+    return _digest(weight for _, weight in sorted(model.state_dict().items()))
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def text_and_arguments(
+    windows: Dataset | IterableDataset, args: TrainingArguments
+) -> dict[str, Any]:
+    """What decides a run, beside the model: the first windows of its text, and the arguments."""
+    names = (
+        "num_train_epochs",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_grad_norm",
+        "seed",
+        "bf16",
+    )
+    decisive = {name: getattr(args, name) for name in names}
+    return {**decisive, "text": _digest([first_windows(windows, 8)])}

@@ -1,0 +1,150 @@
+"""From a gated language model to a bilinear one, by training on the Hugging Face Trainer."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from datasets import Dataset, IterableDataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from bilinear_lens.training.annealing import GateAnnealing, check_schedule
+from bilinear_lens.training.distillation import DistillationLoss
+from bilinear_lens.training.gates import is_bilinear, least_squares_shifts
+from bilinear_lens.training.runs import as_windows, first_windows, train, weights_digest
+
+FIT_WINDOWS = 64
+"""Windows for the least-squares fit of the linear gates: enough to pass the width of a layer."""
+
+
+@dataclass(frozen=True)
+class BilinearizeRecipe:
+    """How gates become linear; `TrainingArguments` say how the model is trained meanwhile.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    anneal: float = 0.3
+    """Share of the steps over which beta falls from 1 to 0; 0 replaces the gates at once."""
+    schedule: str = "linear"
+    """How beta falls: linear, cosine, exponential or smootherstep."""
+    layer_by_layer: bool = False
+    """Layers become linear one after the other, not all together."""
+    learn_scale: bool = False
+    """Each neuron's scale c is trained."""
+    least_squares: bool = False
+    """Move the gates' weights, as beta falls, by what brings the linear gate nearest to the
+    activation on the first windows of the text."""
+    distill: float = 0.0
+    """Weight of the KL divergence from the original's predictions; the language-model loss has
+    the rest."""
+    train: Literal["all", "mlp", "gate"] = "all"
+    """Which weights are trained: all, those of the MLPs, or those of their gates."""
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule, self.anneal)
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill={self.distill} must be a weight from 0 to 1.")
+        if self.train not in ("all", "mlp", "gate"):
+            raise ValueError(f"train={self.train!r} must be 'all', 'mlp' or 'gate'.")
+
+
+RECOMMENDED = BilinearizeRecipe()
+"""What did best in the study of `notebooks/5_bilinearize.ipynb`."""
+
+
+def bilinearize(
+    model: PreTrainedModel,
+    dataset: Dataset | IterableDataset,
+    *,
+    args: TrainingArguments,
+    recipe: BilinearizeRecipe = RECOMMENDED,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n_ctx: int = 256,
+    eval_dataset: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Finetune a gated language model (SwiGLU, GeGLU, ReGLU) into a bilinear one.
+
+    The gate becomes `scale * z * sigmoid(beta z)` with beta from 1 to 0, or its like for GELU and
+    ReLU, and is linear from then on; the scales are folded into the weights at the end. This is
+    the annealing of arXiv 2410.08417, its section on finetuning, with what later work adds:
+    schedules, a least-squares start and distillation.
+
+    Args:
+        model: a Hugging Face causal language model whose layers all have gated MLPs: Llama,
+            Mistral, Qwen 2 and 3, Gemma, Phi-3. It stays as it is.
+        dataset: documents in a column "text", for which the tokenizer is needed, or windows of
+            token ids in a column "input_ids".
+        args: what the Trainer needs: where checkpoints go, steps, learning rate, precision,
+            accumulation, FSDP, where to log. `recommended_arguments` has what a study found best.
+        n_ctx: tokens of the windows that documents are cut into.
+        eval_dataset: windows or documents on which the Trainer evaluates as `args` say.
+        resume: go on from the last whole checkpoint in `args.output_dir`, which must be of the
+            same model, text and settings.
+
+    Returns:
+        A stock model with `hidden_act="linear"`; `HookedBilinearTransformer.from_hf` takes it.
+        A model that is bilinear already is returned as it is, with a warning.
+
+    Raises:
+        ValueError: before any training, if the model has no gated MLPs or gates of an activation
+            that cannot be annealed, the text is too short or the tokenizer does not fit, or
+            checkpoints of another run are in the way; during training, if the loss is not finite.
+    """
+    if is_bilinear(model):
+        warnings.warn(f"{type(model).__name__} is bilinear already: nothing to do.", stacklevel=2)
+        return model
+    windows = as_windows(dataset, tokenizer, model=model, n_ctx=n_ctx)
+    held_out = eval_dataset and as_windows(eval_dataset, tokenizer, model=model, n_ctx=n_ctx)
+    student = copy.deepcopy(model)
+    annealing = prepare(student, recipe, windows)
+    loss = DistillationLoss(student, model, weight=recipe.distill) if recipe.distill else None
+    train(
+        student,
+        windows,
+        args=args,
+        note={"recipe": asdict(recipe), "model": weights_digest(model)},
+        held_out=held_out,
+        callbacks=[annealing, *callbacks],
+        loss=loss,
+        resume=resume,
+    )
+    if loss:
+        loss.detach()
+    return annealing.fold().eval()
+
+
+def prepare(
+    model: PreTrainedModel, recipe: BilinearizeRecipe, windows: Dataset | IterableDataset
+) -> GateAnnealing:
+    """Put annealed gates into a model, in place, and choose which of its weights are trained.
+
+    Raises:
+        ValueError: if the model has no gated MLPs, or gates of an activation without a family.
+    """
+    shifts = None
+    if recipe.least_squares:
+        shifts = least_squares_shifts(model, first_windows(windows, FIT_WINDOWS))
+    annealing = GateAnnealing(
+        model,
+        share=recipe.anneal,
+        schedule=recipe.schedule,
+        layer_by_layer=recipe.layer_by_layer,
+        learn_scale=recipe.learn_scale,
+        shifts=shifts,
+    )
+    if recipe.train != "all":
+        model.requires_grad_(False)
+        for mlp in annealing.mlps:
+            (mlp.module if recipe.train == "mlp" else mlp.gate).requires_grad_(True)
+            mlp.annealed.scale.requires_grad_(recipe.learn_scale)
+    return annealing

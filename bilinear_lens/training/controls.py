@@ -1,0 +1,161 @@
+"""What making a model bilinear costs, beside what else the same budget could have bought."""
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from bilinear_lens.models.checkpoints import ACTIVATION_NAMES, write_folder
+from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe, bilinearize
+from bilinear_lens.training.evaluation import Choices, evaluate, multiple_choice
+from bilinear_lens.training.gates import gated_mlps
+from bilinear_lens.training.runs import (
+    as_windows,
+    check_run_folder,
+    first_windows,
+    note_run,
+    text_and_arguments,
+    train,
+    weights_digest,
+)
+
+ABRUPT = BilinearizeRecipe(anneal=0.0, least_squares=False, distill=0.0)
+FIGURES = "figures.json"
+"""In the folder of a run: what came of it."""
+
+METHODS = ("bilinearized", "continued", "abrupt", "scratch")
+"""Ours; the gated model trained on; its activation taken away at once; a random bilinear model."""
+
+
+def conversion_study(
+    model: PreTrainedModel,
+    dataset: Dataset | IterableDataset,
+    held_out: Dataset,
+    *,
+    args: TrainingArguments,
+    out: str | Path,
+    choices: Choices,
+    recipe: BilinearizeRecipe = RECOMMENDED,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = (0,),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n_ctx: int = 256,
+    eval_windows: int = 256,
+    resume: bool = False,
+) -> pd.DataFrame:
+    """Make a gated model bilinear, and the controls, on the same text and with the same settings.
+
+    Each run is a folder in `out`, `<method>-<seed>`, with the model and its figures.
+
+    Args:
+        model: the gated model; it stays as it is.
+        dataset, recipe, tokenizer, n_ctx: as for `bilinearize`.
+        held_out: windows or documents for the figures.
+        args: for every run; `output_dir` and the seeds are set for each.
+        choices: questions for `multiple_choice`.
+        methods: some of `METHODS`.
+        eval_windows: how many windows of `held_out` count.
+        resume: go on with the study in `out`: what is there is not run again. Seeds and methods
+            may be more than before.
+
+    Returns:
+        Rows with `method`, `seed`, `loss` (nats per token), `kl` to the original (nats per token),
+        `agreement` with its most probable next token, `multiple_choice` accuracy, and `seconds` of
+        training; the original is a row, too. `summarize_conversion` compares them.
+
+    Raises:
+        ValueError: as `bilinearize` does, or if a method is unknown.
+    """
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"No method {sorted(unknown)}: there are {', '.join(METHODS)}.")
+    gated_mlps(model)
+    out = Path(out)
+    model.to(args.device)  # pyright: ignore[reportArgumentType]
+    windows = as_windows(dataset, tokenizer, model=model, n_ctx=n_ctx)
+    note = {
+        "recipe": asdict(recipe),
+        "model": weights_digest(model),
+        **text_and_arguments(windows, args),
+        "eval_windows": eval_windows,
+    }
+    del note["seed"]
+    if args.process_index == 0:
+        check_run_folder(out, note, resume=resume)
+        note_run(out, note)
+    held = first_windows(as_windows(held_out, tokenizer, model=model, n_ctx=n_ctx), eval_windows)
+
+    def figures(trained: PreTrainedModel) -> dict[str, float]:
+        right = multiple_choice(trained, choices).mean().item()
+        return {**asdict(evaluate(trained, held, model)), "multiple_choice": right}
+
+    rows: list[dict[str, Any]] = [{"method": "original", "seed": None, **figures(model)}]
+    for seed in seeds:
+        for method in methods:
+            folder = out / f"{method}-{seed}"
+            if not folder.exists():
+                run_args = replace(
+                    args, output_dir=f"{folder}.checkpoints", seed=seed, data_seed=seed
+                )
+                trained = _run(method, model, windows, recipe, run_args)
+                row = {"method": method, "seed": seed, **figures(trained)}
+                if args.process_index == 0:
+                    with write_folder(folder) as partial:
+                        trained.save_pretrained(partial)
+                        (partial / FIGURES).write_text(json.dumps(row, indent=1))
+                    shutil.rmtree(f"{folder}.checkpoints")
+                PartialState().wait_for_everyone()
+            rows.append(json.loads((folder / FIGURES).read_text()))
+    return pd.DataFrame(rows)
+
+
+def summarize_conversion(study: pd.DataFrame) -> pd.DataFrame:
+    """The methods of a `conversion_study`, side by side.
+
+    Returns:
+        For each method the means over seeds, `cost`, its loss minus that of continued training
+        with the same seed, and `cost_error`, the standard error of that difference (missing where
+        there is one seed).
+    """
+    runs = study.set_index(["method", "seed"])["loss"].unstack("method")
+    costs = runs.sub(runs.get("continued"), axis=0)
+    means = pd.DataFrame(study.drop(columns="seed").groupby("method", sort=False).mean())
+    return means.assign(cost=costs.mean(), cost_error=costs.sem(), seeds=runs.count())
+
+
+def scratch(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A bilinear model of the same shape with random weights."""
+    config = copy.deepcopy(model.config)
+    for name in ACTIVATION_NAMES:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, "linear")
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device)
+
+
+def _run(
+    method: str,
+    model: PreTrainedModel,
+    windows: Dataset | IterableDataset,
+    recipe: BilinearizeRecipe,
+    args: TrainingArguments,
+) -> PreTrainedModel:
+    if method in ("bilinearized", "abrupt"):
+        recipe = recipe if method == "bilinearized" else ABRUPT
+        return bilinearize(model, windows, args=args, recipe=recipe, resume=True)
+    start = copy.deepcopy(model) if method == "continued" else scratch(model, args.seed)
+    note = {"method": method, "model": weights_digest(model)}
+    return train(start, windows, args=args, note=note, resume=True).eval()
