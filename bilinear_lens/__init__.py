@@ -16,6 +16,17 @@ from bilinear_lens.analysis.ablation import (
 from bilinear_lens.analysis.pairs import token_pairs
 from bilinear_lens.analysis.sweep import sweep
 from bilinear_lens.analysis.search import Summary, Sweep, load_sweep
+from bilinear_lens.analysis.overview import overview
+from bilinear_lens.training.text import load_text
+from bilinear_lens.training.bilinearize import (
+    BilinearizeRecipe,
+    bilinearize,
+    recommended_arguments,
+)
+from bilinear_lens.training.controls import conversion_study, summarize_conversion
+from bilinear_lens.training.annealing import GateAnnealing
+from bilinear_lens.training.distillation import DistillationLoss
+from bilinear_lens.models.hub import push_to_hub
 from bilinear_lens.models.classifier import HookedBilinearClassifier
 from bilinear_lens.models.layers import ClassifierConfig
 from bilinear_lens.training.images import LabelledImages, load_images
@@ -43,6 +54,16 @@ __all__ = [
     "load_sweep",
     "Sweep",
     "Summary",
+    "overview",
+    "load_text",
+    "bilinearize",
+    "BilinearizeRecipe",
+    "recommended_arguments",
+    "conversion_study",
+    "summarize_conversion",
+    "GateAnnealing",
+    "DistillationLoss",
+    "push_to_hub",
     "HookedBilinearClassifier",
     "ClassifierConfig",
     "load_images",

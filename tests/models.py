@@ -67,3 +67,12 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 def some_tokens(seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, SIZES["vocab_size"], (2, 11), generator=generator)
+
+
+def gated(name: str) -> PretrainedConfig:
+    """One of `CONFIGS` with the activation that its architecture has."""
+    config = copy.deepcopy(CONFIGS[name])
+    for field in ("hidden_act", "hidden_activation"):
+        if getattr(config, field, None) is not None:
+            setattr(config, field, "gelu_pytorch_tanh" if "gemma" in name else "silu")
+    return config

@@ -26,7 +26,7 @@ ONLY_IN = {
     "circuitsvis": {"views"},
     "plotly": {"views"},
     "datasets": {"models.checkpoints", "training"},
-    "huggingface_hub": {"models.checkpoints", "training"},
+    "huggingface_hub": {"models.checkpoints", "models.hub", "training"},
     "PIL": {"training.images"},
     "datatrove": {"analysis.cluster"},
     "ray": {"analysis.cluster"},

@@ -12,7 +12,7 @@ import pytest
 from models import CONFIGS, random_model
 
 import bilinear_lens as bl
-from bilinear_lens.models.checkpoints import push_to_hub
+from bilinear_lens.models.hub import push_to_hub
 
 
 @pytest.fixture

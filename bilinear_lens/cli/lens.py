@@ -19,9 +19,9 @@ from bilinear_lens.models.checkpoints import (
     check_new,
     holds_classifier,
     load_checkpoint,
-    push_to_hub,
     save_checkpoint,
 )
+from bilinear_lens.models.hub import push_to_hub
 from bilinear_lens.pages import image_page, passage, token_page
 from bilinear_lens.training.images import read_image
 from bilinear_lens.training.text import load_text

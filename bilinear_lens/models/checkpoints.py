@@ -15,13 +15,12 @@ from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
     StrictDataclassError,
 )
-from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -48,9 +47,6 @@ ACTIVATION_NAMES = ("hidden_act", "hidden_activation")
 Layout = Literal["hugging-face", "authors"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-
-PUSHED = ("README.md", "LICENSE*", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What a saved model is made of; nothing else that lies in its folder is uploaded."""
 
 
 def built_in(name: str) -> Path:
@@ -84,10 +80,10 @@ def load_checkpoint(
             contradict the config.
     """
     folder, on_hub = _folder(name_or_path, revision)
-    config = _read_config(folder)
+    config = read_config(folder)
     if config.get("architecture") == CLASSIFIER:
         raise ValueError(f"{folder} holds a {CLASSIFIER}: load it with {CLASSIFIER}.")
-    shards = _check_weight_files(folder)
+    shards = check_weight_files(folder)
     if "model_type" in config:
         model = _load_hugging_face(folder, config, dtype)
         named_tokenizer = folder
@@ -161,88 +157,6 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
 
 
-def push_to_hub(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-) -> str:
-    """Upload a saved model to the Hugging Face Hub: config, safetensors, tokenizer and card.
-
-    Of the folder only those files are uploaded, and licences; nothing of its subfolders. All that
-    can be checked here is checked before the network is asked.
-
-    Args:
-        folder: with a `README.md` that says how the model was made and what that cost.
-        repo_id: `user/name`; the repository is made if there is none.
-        private: refuse to upload to a repository that all can see, and make a private one.
-        revision: a branch, made if there is none; the main one otherwise.
-        token: what `hf auth login` saved, otherwise.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        ValueError: if the folder is missing, has no config or card, or its weights are missing,
-            cut short or pickles; if `repo_id` is none, or the Hub cannot be reached or refuses.
-    """
-    folder = Path(folder)
-    _check_pushable(folder, repo_id)
-    try:
-        api = HfApi(token=token)
-        url = str(api.create_repo(repo_id, private=private, exist_ok=True))
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(
-                f"{repo_id} is there already, and public: make it private in its settings, or give "
-                "another name."
-            )
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-            url = f"{url}/tree/{revision}"
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message="Upload model",
-            allow_patterns=[*PUSHED],
-            ignore_patterns=["*/*"],
-        )
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise ValueError(
-            f"Cannot push to {repo_id!r} on the Hugging Face Hub: {' '.join(str(error).split())} "
-            "Check the network, and that `hf auth login` (or token=) gave a token that may write."
-        ) from error
-    return url
-
-
-def _check_pushable(folder: Path, repo_id: str) -> None:
-    """Refuse, before any network, what should not be on the Hub.
-
-    Raises:
-        ValueError: as `push_to_hub`.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}: give one that save_pretrained made.")
-    _read_config(folder)
-    _check_weight_files(folder)
-    if pickles := _pickles(folder):
-        raise ValueError(
-            f"{folder} holds pickles ({', '.join(pickles)}), which can run code: move them "
-            "elsewhere, safetensors are enough."
-        )
-    card = folder / "README.md"
-    if not card.is_file() or not card.read_text(encoding="utf-8").strip():
-        raise ValueError(
-            f"{folder} has no model card: write a README.md that says how the model was made, on "
-            "what data, and what it cost. `bilinear-lens train` writes one."
-        )
-    if repo_id.count("/") != 1:
-        raise ValueError(f"{repo_id!r} is no name on the Hub: give user/name.")
-    validate_repo_id(repo_id)
-
-
 @contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` at the end of the block, or not at all.
@@ -270,7 +184,7 @@ def holds_classifier(name_or_path: str | Path) -> bool:
         KeyError, ValueError: as `load_checkpoint`, if there is no config to be had.
     """
     folder, _ = _folder(name_or_path, None)
-    return _read_config(folder).get("architecture") == CLASSIFIER
+    return read_config(folder).get("architecture") == CLASSIFIER
 
 
 def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[dict, Path]:
@@ -281,13 +195,13 @@ def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[di
         ValueError: if the folder holds something else, or its weights are cut short.
     """
     folder, _ = _folder(name_or_path, revision)
-    config = _read_config(folder)
+    config = read_config(folder)
     if config.pop("architecture", None) != CLASSIFIER:
         raise ValueError(
             f"{folder} holds no {CLASSIFIER}: give a folder that its save_pretrained made. "
             "Language models load with HookedBilinearTransformer."
         )
-    weights = _check_weight_files(folder)
+    weights = check_weight_files(folder)
     if len(weights) > 1:
         raise ValueError(
             f"{folder} must have one file of weights; it has {[file.name for file in weights]}."
@@ -331,7 +245,7 @@ def _snapshot(name: str, *, revision: str | None = None, local_files_only: bool 
     return Path(folder)
 
 
-def _read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: it is not a checkpoint folder.")
     return _read_settings(folder / "config.json")
@@ -347,12 +261,12 @@ def _read_settings(file: Path) -> dict:
     return settings
 
 
-def _check_weight_files(folder: Path) -> list[Path]:
+def check_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: each whole, and all that an index of parts names."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        pickles = _pickles(folder)
-        found = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "none"
+        names = pickles(folder)
+        found = f"only pickles ({', '.join(names)}), which can run code" if names else "none"
         raise ValueError(
             f"{folder} must hold its weights as safetensors; there are {found}. Convert them where "
             "you trust them: torch.load(..., weights_only=True), then safetensors.torch.save_file."
@@ -375,7 +289,7 @@ def _check_weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _pickles(folder: Path) -> list[str]:
+def pickles(folder: Path) -> list[str]:
     return sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
 
 

@@ -68,7 +68,7 @@ def check_bilinear(model: nn.Module, adapter: ArchitectureAdapter) -> None:
                 raise ValueError(
                     f"The gate of {name}'s layer {layer} goes through an activation, "
                     f"{type(child).__name__}, so its MLP is not a tensor. Make it bilinear first, "
-                    "by finetuning that removes the activation (bilinearize, which is to come), or "
+                    "by finetuning that removes the activation (bilinear_lens.bilinearize), or "
                     'load a model with hidden_act="linear".'
                 )
 
@@ -92,7 +92,7 @@ def check_linear_gates(bridge: nn.Module) -> None:
             raise ValueError(
                 f"Layer {layer}'s MLP is not the product of two linear maps, so it is not a "
                 "tensor: its code applies an activation. Make it bilinear first, by finetuning "
-                "that removes the activation (bilinearize, which is to come)."
+                "that removes the activation (bilinear_lens.bilinearize)."
             )
 
 

@@ -59,6 +59,7 @@ class GateAnnealing(TrainerCallback):
         self.layer_by_layer = layer_by_layer
         self.shifts = shifts
         self.mlps = anneal_gates(model, learn_scale=learn_scale)
+        self._owed: list[Tensor | float] = [0.0] * len(self.mlps)
 
     def beta(self, progress: float, layer: int) -> float:
         """Of a layer's gate, after a share `progress` of all steps."""
@@ -78,15 +79,26 @@ class GateAnnealing(TrainerCallback):
         """Set every gate for a share `progress` of all steps."""
         for layer, mlp in enumerate(self.mlps):
             gate = mlp.annealed
-            beta = self.beta(progress, layer)
-            if self.shifts is not None and (fallen := gate.beta.item() - beta):
-                shift = self.shifts[layer].to(mlp.gate.weight)
-                d_in = mlp.gate.in_features
-                for rows, part in zip(
-                    mlp.gate_rows(), (shift[:, :d_in], shift[:, d_in:].squeeze(1)), strict=False
-                ):
-                    rows.add_(fallen * part)
-            gate.beta.fill_(beta)
+            before = gate.beta.item()
+            gate.beta.fill_(self.beta(progress, layer))
+            # as the buffer holds it, so that the steps add up to all of the shift
+            if self.shifts is not None and (fallen := before - gate.beta.item()):
+                self._move(layer, fallen)
+
+    def _move(self, layer: int, fallen: float) -> None:
+        """Move a gate by a part of its shift; what 16 bits cannot hold of that is owed to it."""
+        mlp, shift = self.mlps[layer], self.shifts[layer]  # pyright: ignore[reportOptionalSubscript]
+        dtype = torch.promote_types(mlp.gate.weight.dtype, torch.float32)
+        due = fallen * shift.to(mlp.gate.weight.device, dtype) + self._owed[layer]
+        d_in = mlp.gate.in_features
+        for rows, part in zip(
+            mlp.gate_rows(), (due[:, :d_in], due[:, d_in:].squeeze(1)), strict=False
+        ):
+            before = rows.to(dtype, copy=True)
+            rows.copy_(before + part)
+            part.sub_(rows.to(dtype) - before)
+        if mlp.gate.weight.dtype != dtype:
+            self._owed[layer] = due
 
     def fold(self) -> PreTrainedModel:
         """Make the model a stock one with `hidden_act="linear"`, in place.

@@ -4,8 +4,10 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
@@ -58,6 +60,27 @@ class BilinearizeRecipe:
 
 RECOMMENDED = BilinearizeRecipe()
 """What did best in the study of `notebooks/5_bilinearize.ipynb`."""
+
+
+def recommended_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments:
+    """Arguments for the Trainer that did best in the same study.
+
+    Args:
+        changes: any of `TrainingArguments`; `max_steps` or `num_train_epochs` at least.
+    """
+    settings = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.02,
+        "adam_beta2": 0.95,
+        "per_device_train_batch_size": 16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_steps": 0.01,
+        "save_steps": 0.1,
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
+    return TrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
 
 
 def bilinearize(
@@ -120,7 +143,10 @@ def bilinearize(
     )
     if loss:
         loss.detach()
-    return annealing.fold().eval()
+    bilinear = annealing.fold().eval()
+    for ours, theirs in zip(bilinear.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return bilinear
 
 
 def prepare(

@@ -72,7 +72,7 @@ AdamW, learning rate {recipe.learning_rate:g} (cosine), \
 batch {batch}, {ours.steps:,} steps, {precision}, seed {recipe.seed}.
 **Regularisers**: weight decay {recipe.weight_decay:g}, latent noise {recipe.latent_noise:g}.
 
-**Time**: {ours.seconds:,.0f} seconds of training on {_device(n_processes)}, \
+**Time**: {ours.seconds:,.0f} seconds of training on {device_name(n_processes)}, \
 {ours.tokens / ours.seconds:,.0f} tokens a second.
 
 {_comparison(results, step_seconds)}
@@ -103,7 +103,8 @@ def _comparison(
     )
 
 
-def _device(n_processes: int) -> str:
+def device_name(n_processes: int = 1) -> str:
+    """What training ran on, in words."""
     name = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

@@ -105,7 +105,7 @@ def conversion_study(
     rows: list[dict[str, Any]] = [{"method": "original", "seed": None, **figures(model)}]
     for seed in seeds:
         for method in methods:
-            folder = out / f"{method}-{seed}"
+            folder = study_folder(out, method, seed)
             if not folder.exists():
                 run_args = replace(
                     args, output_dir=f"{folder}.checkpoints", seed=seed, data_seed=seed
@@ -134,6 +134,11 @@ def summarize_conversion(study: pd.DataFrame) -> pd.DataFrame:
     costs = runs.sub(runs.get("continued"), axis=0)
     means = pd.DataFrame(study.drop(columns="seed").groupby("method", sort=False).mean())
     return means.assign(cost=costs.mean(), cost_error=costs.sem(), seeds=runs.count())
+
+
+def study_folder(out: Path, method: str, seed: int) -> Path:
+    """Where a run of a study lies, with its model and figures."""
+    return out / f"{method}-{seed}"
 
 
 def scratch(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -54,12 +54,8 @@ def read_corpus(
     Raises:
         ValueError: if text or tokenizer cannot be read, do not fit, or there is too little text.
     """
-    if held_out is None:
-        held_out = _with_validation(text)
+    held = held_out_documents(text, held_out, streaming=streaming)
     documents = load_text(text, streaming=streaming)
-    held_out_documents = load_text(held_out, split="validation", streaming=streaming)
-    if isinstance(held_out_documents, IterableDataset):  # it is read many times
-        held_out_documents = in_memory(chain.from_iterable(batches(held_out_documents)))
     if tokenizer is None:
         some = documents
         if isinstance(some, IterableDataset):
@@ -83,20 +79,35 @@ def read_corpus(
     return Corpus(
         tok,
         windows,
-        pack(held_out_documents, tok, **shape),
-        tokens_per_byte(held_out_documents, tok),
+        pack(held, tok, **shape),
+        tokens_per_byte(held, tok),
     )
 
 
-def _with_validation(text: TextSource) -> TextSource:
-    """Text that has a part for validation: the name of a dataset, for all that is known here."""
+def held_out_documents(
+    text: TextSource, held_out: TextSource | None, *, streaming: bool
+) -> Dataset:
+    """Text for the reported loss, in memory or on the disk, since it is read many times.
+
+    Args:
+        held_out: None takes the split "validation" of the dataset that `text` names.
+
+    Raises:
+        ValueError: as for `load_text`, or if `held_out` is None and `text` is no name.
+    """
     names = [text] if isinstance(text, str | Path) else text
-    if isinstance(text, Dataset | IterableDataset) or any(Path(str(n)).exists() for n in names):
+    if held_out is None and (
+        isinstance(text, Dataset | IterableDataset) or any(Path(str(n)).exists() for n in names)
+    ):
         raise ValueError(
             "held_out is missing: give other text for the reported loss. Only the name of a "
             "dataset may do without, which then gives its own validation split."
         )
-    return text
+    source = text if held_out is None else held_out
+    documents = load_text(source, split="validation", streaming=streaming)
+    if isinstance(documents, IterableDataset):
+        return in_memory(chain.from_iterable(batches(documents)))
+    return documents
 
 
 def source_names(source: TextSource) -> list[str]:

@@ -19,8 +19,8 @@ class DistillationLoss:
 
     Args:
         student: the model that is trained.
-        teacher: a model of the same vocabulary; it is not trained, and follows the student's
-            device.
+        teacher: a model of the same vocabulary; it is not trained, teaches without dropout, and
+            follows the student's device.
         weight: of the divergence, from 0 to 1; the language-model loss has the rest.
 
     Raises:
@@ -37,7 +37,7 @@ class DistillationLoss:
                 f"The teacher has {teacher.config.vocab_size} tokens, the student "
                 f"{student.config.vocab_size}: give a teacher of the same vocabulary."
             )
-        self.teacher = teacher.eval()
+        self.teacher = teacher
         self.weight = weight
         self._inputs: dict[str, Any] = {}
         self._hook = student.register_forward_pre_hook(self._remember, with_kwargs=True)
@@ -68,7 +68,10 @@ class DistillationLoss:
         ours = _log_probs(outputs.logits, counted)
         with torch.no_grad():
             teacher = self.teacher.to(outputs.logits.device)  # pyright: ignore[reportArgumentType]
-            theirs = _log_probs(teacher(**self._inputs, use_cache=False).logits, counted)
+            training = teacher.training
+            outputs = teacher.eval()(**self._inputs, use_cache=False)
+            teacher.train(training)
+            theirs = _log_probs(outputs.logits, counted)
         loss = self.weight * functional.kl_div(ours, theirs, reduction="sum", log_target=True)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * functional.nll_loss(ours, targets, reduction="sum")

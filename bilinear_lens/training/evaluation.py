@@ -116,7 +116,7 @@ def continuation_choices(
 def multiple_choice(
     model: PreTrainedModel, choices: Choices, *, batch_size: int = 16
 ) -> Float[Tensor, " n"]:
-    """For each question, 1 where the model finds the true option the most likely, else 0."""
+    """For each question, 1 where the model finds the true option likelier than all others."""
     right = []
     n_options, length = choices.options.shape[1:]
     for starts, options in zip(
@@ -127,7 +127,8 @@ def multiple_choice(
         log_probs = _log_probs(model, tokens)[:, -length:]
         targets = tokens[:, -length:, None].to(log_probs.device)
         scores = log_probs.gather(-1, targets).sum(dim=(1, 2)).view(-1, n_options)
-        right.append((scores.argmax(dim=1) == 0).float().cpu())
+        # scores that tie, or are no numbers, tell of no knowledge
+        right.append((scores[:, :1] > scores[:, 1:]).all(dim=1).float().cpu())
     return torch.cat(right)
 
 

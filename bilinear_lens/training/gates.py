@@ -123,18 +123,20 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
         ValueError: if it has none, or too few: every layer must have one.
     """
     found = []
+    mixtures = 0
     for module in model.modules():
         parts = dict(module.named_children())
+        mixtures += "experts" in parts
         activation = next((name for name in ("act_fn", "activation_fn") if name in parts), None)
         fused = "gate_up_proj" in parts
         gate = parts.get("gate_up_proj" if fused else "gate_proj")
         if activation and isinstance(gate, nn.Linear) and "down_proj" in parts:
             found.append(GatedMLP(module, activation, gate, fused))
     n_layers = model.config.get_text_config().num_hidden_layers
-    if len(found) != n_layers:
+    if len(found) != n_layers or mixtures:  # experts can have a gated MLP beside them
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} gated MLPs in {n_layers} layers; each layer "
-            "must have one, as in Llama, Mistral, Qwen 2 and 3, Gemma and Phi-3 (a mixture of "
+            f"{type(model).__name__} has {len(found)} gated MLPs and {mixtures} mixtures of "
+            f"experts in {n_layers} layers; each layer must have one gated MLP, as in Llama, Mistral, Qwen 2 and 3, Gemma and Phi-3 (a mixture of "
             "experts has many, a plain MLP is none)."
         )
     return found
@@ -169,9 +171,11 @@ def fold_gates(model: PreTrainedModel, mlps: Iterable[GatedMLP]) -> None:
     Raises:
         ValueError: if a gate is not linear yet.
     """
+    mlps = list(mlps)
     for layer, mlp in enumerate(mlps):
         if (beta := mlp.annealed.beta.item()) != 0:
             raise ValueError(f"The gate of layer {layer} has beta {beta:g}; it must be 0 to fold.")
+    for mlp in mlps:
         for rows in mlp.gate_rows():
             rows.mul_((mlp.annealed.scale / 2).view(-1, *[1] * (rows.ndim - 1)))
         setattr(mlp.module, mlp.activation, LinearActivation())

@@ -7,6 +7,7 @@ The model is a stock `LlamaForCausalLM`: `hidden_act="linear"` makes its MLPs bi
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from shutil import rmtree
@@ -72,7 +73,7 @@ def train_language(
         tokenizer: a folder or Hub id; None trains one of `recipe.vocab_size` on `text` (of a
             stream, on 100,000 documents).
         streaming: read the text while training, windows shuffled among a thousand, and from the
-            start again where it ends; a resumed run reads again what it had corpus.
+            start again where it ends; a resumed run reads again what it had read.
         compare: activations of gates. For each, a model of the same recipe, size and text goes to
             a folder named by the gate: `<out>-swiglu`, `-reglu`, `-geglu` or `-bilinear`.
         equal: what compared models are given as much of as this one: tokens, or time, as steps of
@@ -91,7 +92,8 @@ def train_language(
             way; in training, if the loss or a gradient is no finite number.
     """
     out = Path(out)
-    state = PartialState()
+    # said here, as by the Trainer: otherwise processes on CPUs do not know of each other
+    state = PartialState(cpu=not torch.accelerator.is_available())
     recipes = {each: replace(recipe, activation=each) for each in (recipe.activation, *compare)}
     folders = {
         each: Path(f"{out}-{gate_name(each).lower()}") if each in compare else out
@@ -152,10 +154,10 @@ def train_language(
                 command=command,
                 data=data or ", ".join(source_names(text)),
             )
-            with write_folder(folder) as partial:
-                models[each].save_pretrained(partial)
-                corpus.tokenizer.save_pretrained(partial)
-                (partial / "README.md").write_text(card, encoding="utf-8")
+            with write_folder(folder) as whole:
+                models[each].save_pretrained(whole)
+                corpus.tokenizer.save_pretrained(whole)
+                (whole / "README.md").write_text(card, encoding="utf-8")
             rmtree(_checkpoints(folder))
     return results
 
@@ -166,7 +168,10 @@ def _check_options(
     if equal not in get_args(Equal):
         raise ValueError(f"equal={equal!r} must be one of {', '.join(get_args(Equal))}.")
     if (streaming or isinstance(text, IterableDataset)) and recipe.tokens is None:
-        raise ValueError("The end of a stream is not known: say on how many tokens to train.")
+        raise ValueError(
+            "The end of a stream is not known: say on how many tokens to train (--tokens, or the "
+            "recipe's tokens)."
+        )
     if report_to != "none" and report_to not in (known := get_available_reporting_integrations()):
         raise ValueError(
             f"report_to={report_to!r} is not installed, or is nothing that the Trainer can log to; "
@@ -220,7 +225,7 @@ def _train(
             optim="adamw_torch_fused",
             adam_beta2=0.95,
             max_grad_norm=1.0,
-            bf16=recipe.bf16,
+            ddp_find_unused_parameters=False,
             use_cpu=not torch.accelerator.is_available(),
             seed=recipe.seed,
             data_seed=recipe.seed,
@@ -239,6 +244,11 @@ def _train(
         callbacks=[StopIfNotFinite(), TrainingClock()],
     )
     model: PreTrainedModel = trainer.model  # pyright: ignore[reportAssignmentType]
+    if recipe.bf16:
+        # the Trainer's own bf16 also copies all logits to float32, which nobody reads
+        trainer.autocast_smart_context_manager = partial(  # pyright: ignore[reportAttributeAccessIssue]
+            torch.autocast, trainer.args.device.type, torch.bfloat16
+        )
     last = last_checkpoint(checkpoints)
     with latent_noise(model, recipe.latent_noise):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))

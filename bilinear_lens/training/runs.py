@@ -85,7 +85,9 @@ def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> N
 def note_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Make a folder of checkpoints that says what run they are of."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / NOTE).write_text(json.dumps(run, indent=1), encoding="utf-8")
+    partial = folder / f"{NOTE}.{os.getpid()}"
+    partial.write_text(json.dumps(run, indent=1), encoding="utf-8")
+    partial.replace(folder / NOTE)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -120,20 +122,35 @@ def train(
     if args.process_index == 0:
         check_run_folder(folder, note, resume=resume)
         note_run(folder, note)
-    if args.gradient_checkpointing and not all(p.requires_grad for p in model.parameters()):
+    use_cache = model.config.use_cache
+    own = {name: each for name, each in vars(model).items() if name == "forward"}
+    frozen = not all(p.requires_grad for p in model.parameters())
+    if args.gradient_checkpointing and frozen:
         model.enable_input_require_grads()
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=windows,  # pyright: ignore[reportArgumentType]
         eval_dataset=held_out,  # pyright: ignore[reportArgumentType]
-        data_collator=default_data_collator,
+        data_collator=_with_labels,
         callbacks=[StopIfNotFinite(), *callbacks],
         compute_loss_func=loss,
     )
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # what the Trainer leaves: no cache, and with 16 bits a forward that rounds to them
+    model.config.use_cache = use_cache
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+    vars(model).update(own)
+    if args.gradient_checkpointing and frozen:
+        model.disable_input_require_grads()
     return model
+
+
+def _with_labels(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = default_data_collator(rows)
+    return {"labels": batch["input_ids"], **batch}
 
 
 def as_windows(
@@ -167,8 +184,12 @@ def as_windows(
             f"The windows hold token {int(some.max())}; the model has "
             f"{model.config.vocab_size}: its tokenizer is another."
         )
+    training = model.training
     with torch.no_grad():
-        loss = float(model(some.to(model.device), labels=some.to(model.device)).loss)
+        loss = float(model.eval()(some.to(model.device), labels=some.to(model.device)).loss)
+    model.train(training)
+    if math.isnan(loss):
+        raise ValueError("On the text the model has a loss of NaN: its weights are not finite.")
     if loss > math.log(model.config.vocab_size) + 1:
         raise ValueError(
             f"On the text the model has a loss of {loss:.2f} nats per token, worse than a guess "
@@ -181,11 +202,17 @@ def first_windows(windows: Dataset | IterableDataset, n: int) -> Int[Tensor, "n 
     """The first `n` windows, or as many as there are.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or they cannot be a batch to learn from.
     """
     rows = [row["input_ids"] for row in windows.take(n)]  # pyright: ignore[reportArgumentType, reportCallIssue]
     if not rows:
         raise ValueError("The text has no window: give more, or a smaller n_ctx.")
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1 or min(lengths) < 2:
+        raise ValueError(
+            f"The windows have {', '.join(map(str, sorted(lengths)))} tokens: they must be equally "
+            "long, and two tokens at least."
+        )
     return torch.stack(rows)
 
 

@@ -1,0 +1,179 @@
+"""A checkpoint's gated model made bilinear, from text, into a folder with a card."""
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from bilinear_lens.models.checkpoints import check_new, load_checkpoint, write_folder
+from bilinear_lens.training.bilinearize import (
+    RECOMMENDED,
+    BilinearizeRecipe,
+    recommended_arguments,
+)
+from bilinear_lens.training.card import device_name
+from bilinear_lens.training.controls import (
+    METHODS,
+    conversion_study,
+    study_folder,
+    summarize_conversion,
+)
+from bilinear_lens.training.corpus import TextSource, held_out_documents, source_names
+from bilinear_lens.training.evaluation import continuation_choices
+from bilinear_lens.training.gates import is_bilinear
+from bilinear_lens.training.text import load_text
+
+
+METHOD_NAMES = {
+    "original": "the original",
+    "bilinearized": "this model",
+    "continued": "the original, trained on",
+    "abrupt": "its activation taken away at once, then trained",
+    "scratch": "a bilinear model from scratch",
+}
+
+
+def bilinearize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    text: TextSource,
+    held_out: TextSource | None = None,
+    recipe: BilinearizeRecipe = RECOMMENDED,
+    settings: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    n_ctx: int = 256,
+    seeds: Sequence[int] = (0,),
+    controls: bool = True,
+    streaming: bool = False,
+    resume: bool = False,
+    command: str | None = None,
+    data: str | None = None,
+) -> pd.DataFrame | None:
+    """Make the gated model of a checkpoint bilinear, and save it with a card that says the cost.
+
+    The folder appears only when all of it is there; runs go to `<out>.runs` meanwhile. The model
+    saved is that of the first seed.
+
+    Args:
+        source: a folder, a built-in name or a Hub id.
+        text: what to train on, as for `load_text`.
+        held_out: text for the figures; a dataset's name may do without, and gives its split
+            "validation".
+        settings: changes to `recommended_arguments`, such as `max_steps` and `learning_rate`.
+        controls: also run continued training, abrupt replacement and training from scratch.
+        command, data: for the model card.
+
+    Returns:
+        What `summarize_conversion` gives, or None if the model is bilinear already.
+
+    Raises:
+        ValueError: as `load_checkpoint`, `load_text` and `bilinearize` do, or if `out` exists.
+    """
+    out = Path(out)
+    check_new(out)
+    model, found = load_checkpoint(source, tokenizer=tokenizer)
+    if is_bilinear(model):
+        warnings.warn(f"{source} is bilinear already: nothing to do.", stacklevel=2)
+        return None
+    if found is None:
+        raise ValueError(f"{source} has no tokenizer that could be had: give one (tokenizer=).")
+    documents = load_text(text, streaming=streaming)
+    held = held_out_documents(text, held_out, streaming=streaming)
+    runs = Path(f"{out}.runs")
+    args = recommended_arguments(runs, **settings)
+    study = conversion_study(
+        model,
+        documents,
+        held,
+        args=args,
+        out=runs,
+        choices=continuation_choices(held["text"], found),
+        recipe=recipe,
+        methods=METHODS if controls else METHODS[:1],
+        seeds=seeds,
+        tokenizer=found,
+        n_ctx=n_ctx,
+        resume=resume,
+    )
+    summary = summarize_conversion(study)
+    if args.process_index == 0:
+        with write_folder(out) as partial:
+            shutil.copytree(study_folder(runs, METHODS[0], seeds[0]), partial, dirs_exist_ok=True)
+            found.save_pretrained(partial)
+            card = conversion_card(
+                out.name,
+                source=Path(source).name if Path(source).exists() else str(source),
+                recipe=recipe,
+                args=args,
+                n_ctx=n_ctx,
+                study=study,
+                data=data or ", ".join(source_names(text)),
+                command=command,
+            )
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(runs)
+    return summary
+
+
+def conversion_card(
+    name: str,
+    *,
+    source: str,
+    recipe: BilinearizeRecipe,
+    args: TrainingArguments,
+    n_ctx: int,
+    study: pd.DataFrame,
+    data: str,
+    command: str | None,
+) -> str:
+    """A Hugging Face model card in Markdown: how the model was made, and what it cost."""
+    summary = summarize_conversion(study)
+    ours = study[study["method"] == METHODS[0]].iloc[0]
+    rows = "\n".join(
+        f"| {METHOD_NAMES[method]} | {row['loss']:.4f} | {_cost(row)} | {row['kl']:.4f} "
+        f"| {row['agreement']:.4f} | {row['multiple_choice']:.3f} |"
+        for method, row in summary.iterrows()
+    )
+    made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
+    options = ", ".join(f"{key} {value}" for key, value in asdict(recipe).items())
+    n_tokens = int(ours["steps"]) * args.train_batch_size * args.world_size * n_ctx
+    n_tokens *= args.gradient_accumulation_steps
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [bilinear, interpretability]
+---
+# {name}
+
+{source}, whose gated MLPs were made bilinear by finetuning: a stock model with a linear gate.
+
+**How**: {options}. AdamW, learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), weight \
+decay {args.weight_decay:g}, {int(ours["steps"]):,} steps, {n_tokens:,} tokens, seed {int(ours["seed"])}.
+**Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.
+
+What it cost, on held-out text, beside what else the same budget would have bought ("cost" is the \
+loss minus that of continued training, ± its standard error over {int(summary["seeds"].max())} \
+seed(s); "choice" is the accuracy of finding, among four, the passage that goes on with a text):
+
+| | nats per token | cost | KL to the original | agreement | choice |
+|---|---|---|---|---|---|
+{rows}
+{made}
+**Use**: `bilinear_lens.HookedBilinearTransformer.from_pretrained(...)`, or
+`transformers.AutoModelForCausalLM.from_pretrained(...)`.
+"""
+
+
+def _cost(row: pd.Series) -> str:
+    if pd.isna(row["cost"]):
+        return ""
+    error = "" if pd.isna(row["cost_error"]) else f" ± {row['cost_error']:.4f}"
+    return f"{row['cost']:+.4f}{error}"
