@@ -13,6 +13,7 @@ which the notebook sums up.
 """
 
 import argparse
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ NOISES, DECAYS = (0.0, 0.1, 0.33), (0.0, 0.1, 1.0)
 SMALL = {"n_layers": 2, "d_model": 128, "d_mlp": 384, "n_heads": 4, "vocab_size": 1024}
 SMALL_TOKENS = 3_000_000
 
+KEYS = ["study", "model", "label", "method", "seed", "layer", "quantity"]
+
 PLAIN = {"anneal": 0.0, "least_squares": False, "distill": 0.0}
 RECIPES: dict[str, tuple[dict, dict]] = {
     "abrupt, lr 3e-3": (PLAIN, {"learning_rate": 3e-3}),
@@ -68,7 +71,9 @@ class Conversion:
     settings: dict = field(default_factory=dict)
 
     def run(self, data: Path, models: Path) -> pd.DataFrame:
-        folder = data / "checkpoints/stories260K" if self.model == "stories260K" else models / "twin"
+        folder = (
+            data / "checkpoints/stories260K" if self.model == "stories260K" else models / "twin"
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         held_out = bl.load_text(data / "tinystories/heldout.txt.gz")
         out = models / self.study / self.model / self.label.replace(" ", "_")
@@ -127,8 +132,28 @@ class Regularised:
         )
 
 
-def jobs(finalist: dict) -> list[Conversion | Regularised]:
-    ...
+def jobs(studies: list[str]) -> list[Conversion | Regularised]:
+    """Every run; those of the first study come first."""
+    everything: dict[str, list[Conversion | Regularised]] = {
+        "recipes": [
+            Conversion("recipes", "stories260K", label, method, 0, SHORT, *options)
+            for label, options in RECIPES.items()
+            for method in ["continued" if label.startswith("continued") else "bilinearized"]
+        ],
+        "conversion": [
+            Conversion("conversion", model, "recommended", method, seed, LONG)
+            for seed in SEEDS
+            for model in ("stories260K", "twin")
+            for method in METHODS
+        ],
+        "regularisers": [
+            Regularised(noise, decay, seed)
+            for seed in SEEDS
+            for noise in NOISES
+            for decay in DECAYS
+        ],
+    }
+    return [job for study in studies for job in everything[study]]
 
 
 def run(job: Conversion | Regularised, data: Path, models: Path) -> pd.DataFrame:
@@ -144,7 +169,23 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--studies", nargs="+", default=["recipes", "conversion", "regularisers"])
     arguments = parser.parse_args()
-    ...
+    data, models = arguments.data, arguments.models
+    if "conversion" in arguments.studies and not (models / "twin").exists():
+        train_language(
+            models / "twin",
+            text=data / "tinystories/train.txt.gz",
+            held_out=data / "tinystories/heldout.txt.gz",
+            recipe=TWIN,
+            resume=True,
+        )
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        todo = [pool.submit(run, job, data, models) for job in jobs(arguments.studies)]
+        tables = [done.result() for done in tqdm(todo, desc="Runs")]
+    table = pd.concat(tables).drop_duplicates(KEYS)
+    if arguments.table.exists():  # keep the studies that were not asked for
+        before = pd.read_csv(arguments.table)
+        table = pd.concat([before, table]).drop_duplicates(KEYS, keep="last")
+    table.sort_values(KEYS)[[*KEYS, "value"]].to_csv(arguments.table, index=False)
 
 
 if __name__ == "__main__":

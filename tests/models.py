@@ -69,10 +69,18 @@ def some_tokens(seed: int = 1) -> torch.Tensor:
     return torch.randint(1, SIZES["vocab_size"], (2, 11), generator=generator)
 
 
-def gated(name: str) -> PretrainedConfig:
-    """One of `CONFIGS` with the activation that its architecture has."""
+def gated(name: str, **changes: Any) -> PretrainedConfig:
+    """One of `CONFIGS` with the activation that its architecture has, and other changes."""
     config = copy.deepcopy(CONFIGS[name])
     for field in ("hidden_act", "hidden_activation"):
         if getattr(config, field, None) is not None:
             setattr(config, field, "gelu_pytorch_tanh" if "gemma" in name else "silu")
+    for field, value in changes.items():
+        setattr(config, field, value)
     return config
+
+
+def loaded_with_report(folder) -> tuple[Any, dict[str, Any]]:
+    """A saved model, and which weights its folder had too many or too few."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return loaded

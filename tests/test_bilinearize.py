@@ -1,9 +1,7 @@
 """From a gated model to a bilinear one: what changes, what stays, what resumes, what is refused."""
 
-import copy
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from models import gated, random_model, some_tokens
+from models import gated, loaded_with_report, random_model, some_tokens
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -34,7 +32,7 @@ import bilinear_lens as bl
 from bilinear_lens.training import runs
 from bilinear_lens.training.annealing import SCHEDULES, GateAnnealing
 from bilinear_lens.training.bilinearize import BilinearizeRecipe, bilinearize
-from bilinear_lens.training.gates import gated_mlps, is_bilinear
+from bilinear_lens.training.gates import gated_mlps, is_bilinear, least_squares_shifts
 from bilinear_lens.training.runs import last_checkpoint
 from bilinear_lens.training.text import in_memory, train_tokenizer
 
@@ -74,7 +72,9 @@ def llama() -> Any:
     return random_model(gated("llama"))
 
 
-def convert(folder, dataset=None, *, model=None, recipe=EVERYTHING, args=None, **options) -> Any:
+def convert(
+    folder, dataset=None, *, model=None, recipe=EVERYTHING, args: Any = None, **options: Any
+) -> Any:
     """`bilinearize` with the settings of these tests."""
     return bilinearize(
         llama() if model is None else model,
@@ -89,11 +89,11 @@ def state(model) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
-def assert_same_weights(a, b, **tolerance: float) -> None:
+def assert_same_weights(a, b, *, atol: float = 0.0, rtol: float = 0.0) -> None:
     ours, theirs = (each if isinstance(each, dict) else each.state_dict() for each in (a, b))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], **(tolerance or {"atol": 0, "rtol": 0}))
+        torch.testing.assert_close(weight, theirs[name], atol=atol, rtol=rtol)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -150,9 +150,7 @@ def test_the_model_is_another_one_and_the_original_stays(name, training, tmp_pat
     assert [p.requires_grad for p in ours.parameters()] == asked
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in ours.modules())
     ours.save_pretrained(tmp_path / "model")
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", output_loading_info=True
-    )
+    loaded, report = loaded_with_report(tmp_path / "model")
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         assert loaded(some_tokens()).logits.equal(ours(some_tokens()).logits)
@@ -166,7 +164,7 @@ def test_the_model_is_another_one_and_the_original_stays(name, training, tmp_pat
 
 
 def test_a_bilinear_model_is_returned_as_it_is(tmp_path):
-    model = random_model(LlamaConfig(**gated("llama").to_dict() | {"hidden_act": "linear"}))
+    model = random_model(gated("llama", hidden_act="linear"))
     with pytest.warns(UserWarning, match="LlamaForCausalLM is bilinear already"):
         assert convert(tmp_path / "run", model=model) is model
     assert not (tmp_path / "run").exists()
@@ -210,7 +208,7 @@ def test_gates_can_be_replaced_at_once(least_squares, tmp_path):
     with torch.no_grad():
         whole = model(tokens, labels=tokens).loss.item()
         if least_squares:
-            shifts = runs_shifts(model, tokens)
+            shifts = least_squares_shifts(model, tokens)
             for mlp, shift in zip(gated_mlps(model), shifts, strict=True):
                 mlp.gate.weight.add_(shift)
         for mlp in gated_mlps(model):
@@ -219,12 +217,6 @@ def test_gates_can_be_replaced_at_once(least_squares, tmp_path):
         expected = model(tokens, labels=tokens).loss.item()
     assert losses.rows[0] == pytest.approx(expected, abs=2e-4)
     assert abs(expected - whole) > 1e-3
-
-
-def runs_shifts(model, tokens):
-    from bilinear_lens.training.gates import least_squares_shifts
-
-    return least_squares_shifts(model, tokens)
 
 
 def test_a_model_learns_while_its_gates_become_linear(tmp_path):
@@ -385,7 +377,7 @@ def test_a_cut_off_run_resumes_to_the_same_model(tmp_path):
     }
     for name, change in others.items():
         with pytest.raises(ValueError, match=f"another run: {name} differ"):
-            convert(tmp_path / "cut", resume=True, **({"args": args} | change))
+            convert(tmp_path / "cut", **{"args": args, "resume": True, **change})
 
     steps = Losses()
     resumed = convert(tmp_path / "cut", args=args, resume=True, callbacks=[steps])
@@ -433,7 +425,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_model(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_what_was_good(tmp_path, monkeypatch):
     class Failing(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
             return loss * math.nan if self.state.global_step == 5 else loss
 
     args = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
@@ -523,8 +515,7 @@ def test_a_tokenizer_with_other_ids_is_refused(tokenizer, bigrams, tmp_path):
     """Of the same size, so that only the model's loss tells."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["model"]["vocab"] = {
-        token: id and (id + 150) % (VOCAB - 1) + 1
-        for token, id in settings["model"]["vocab"].items()
+        token: id and (id + 7) % (VOCAB - 1) + 1 for token, id in settings["model"]["vocab"].items()
     }
     permuted = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(settings)),
@@ -564,7 +555,7 @@ def test_models_without_gates_to_anneal_are_refused(least_squares, tmp_path):
         num_local_experts=2,
         **sizes,
     )
-    mish = LlamaConfig(**gated("llama").to_dict() | {"hidden_act": "mish"})
+    mish = gated("llama", hidden_act="mish")
     recipe = BilinearizeRecipe(least_squares=least_squares)
     for config, said in ((gpt2, "0 gated MLPs"), (mixtral, "3 mixtures"), (mish, "'mish'")):
         assert said in fault(tmp_path / "run", model=random_model(config), recipe=recipe)

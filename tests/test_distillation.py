@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import gated, random_model, some_tokens
-from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers import default_data_collator as collator
 
 from bilinear_lens.training.annealing import GateAnnealing
@@ -72,7 +72,7 @@ def test_a_teacher_of_its_own_predictions_costs_nothing():
 @pytest.mark.parametrize("training", [False, True])
 def test_the_teacher_stays_as_it_is(training):
     """Its dropout is off while it teaches, and it is in its own mode again after."""
-    config = LlamaConfig(**gated("llama").to_dict() | {"attention_dropout": 0.5})
+    config = gated("llama", attention_dropout=0.5)
     student, teacher = random_model(gated("llama")).train(), random_model(config, seed=1)
     teacher.model.layers[0].requires_grad_(False)  # pyright: ignore
     before = copy.deepcopy(teacher).train(training)
@@ -118,7 +118,7 @@ def test_a_weight_out_of_range_is_refused(weight):
 
 def test_a_teacher_of_another_vocabulary_is_refused():
     student, _ = models()
-    teacher = random_model(LlamaConfig(**gated("llama").to_dict() | {"vocab_size": 41}))
+    teacher = random_model(gated("llama", vocab_size=41))
     with pytest.raises(ValueError, match="teacher has 41 tokens, the student 37"):
         DistillationLoss(student, teacher, weight=0.5)
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, SIZES, gated, random_model, some_tokens
+from models import CONFIGS, SIZES, gated, loaded_with_report, random_model, some_tokens
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -254,8 +253,8 @@ def test_where_the_gates_are_depends_on_the_progress_alone(name, dtype):
                 expected = old_bias[0].float() + moved[:, D_MODEL]
                 torch.testing.assert_close(bias[0].float(), expected, atol=atol, rtol=0)
             assert mlp.gate.weight[D_MLP:].equal(before.gate.weight[D_MLP:])
-    betas = [annealing.beta(0.4, layer) for layer in range(N_LAYERS)]
-    assert betas[0] == 0 and 0 < betas[1] < 1 and betas[2] == 1
+        betas = [annealing.beta(0.4, layer) for layer in range(N_LAYERS)]
+        assert betas[0] == 0 and 0 < betas[1] < 1 and betas[2] == 1
 
 
 @pytest.mark.parametrize("n_steps", [20, 2000])
@@ -301,7 +300,7 @@ def test_a_folded_model_is_a_stock_one_that_computes_the_same(name, tmp_path):
     torch.testing.assert_close(logits(folded), expected, atol=1e-5, rtol=1e-5)
 
     folded.save_pretrained(tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = loaded_with_report(tmp_path)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded) is type(random_model(CONFIGS[name]))
     named = [getattr(loaded.config, field, None) for field in ("hidden_act", "hidden_activation")]
@@ -370,8 +369,8 @@ def test_shifts_are_those_of_least_squares(name, monkeypatch):
             parameters + shift.double().mT, best, atol=1e-4 * best.abs().max().item(), rtol=0
         )
 
-        def error(move: Tensor | float) -> float:
-            return (x @ (parameters + move) / 2 - target).square().mean().item()
+        def error(move, x=x, start=parameters, target=target) -> float:
+            return (x @ (start + move) / 2 - target).square().mean().item()
 
         move = near.double().mT
         assert (

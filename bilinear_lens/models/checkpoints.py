@@ -37,6 +37,8 @@ from bilinear_lens.models.vocabulary import check_tokenizer
 
 BUILT_IN = ("tinystories-1l", "tinystories-4l")
 BUILT_IN_CLASSIFIERS = ("mnist-1l",)
+BUILT_IN_GATED = ("stories260k",)
+"""With an activation in their gates: to be made bilinear."""
 
 CLASSIFIER = "HookedBilinearClassifier"
 """What the config of a saved classifier calls its architecture."""
@@ -211,7 +213,7 @@ def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[di
 
 def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]:
     """Where the checkpoint lies on this machine, and whether it came from the Hub."""
-    name, known = str(name_or_path), BUILT_IN + BUILT_IN_CLASSIFIERS
+    name, known = str(name_or_path), BUILT_IN + BUILT_IN_CLASSIFIERS + BUILT_IN_GATED
     if name in known:
         if revision is not None:
             raise ValueError(f"{name} ships with the package: it has no revisions.")

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from bilinear_lens.models.checkpoints import ACTIVATION_NAMES, write_folder
+from bilinear_lens.training.annealing import GateAnnealing
 from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe, bilinearize
 from bilinear_lens.training.evaluation import Choices, evaluate, multiple_choice
 from bilinear_lens.training.gates import gated_mlps
@@ -32,6 +33,7 @@ from bilinear_lens.training.runs import (
     train,
     weights_digest,
 )
+from bilinear_lens.training.timing import TrainingClock, training_seconds
 
 ABRUPT = BilinearizeRecipe(anneal=0.0, least_squares=False, distill=0.0)
 FIGURES = "figures.json"
@@ -74,8 +76,9 @@ def conversion_study(
 
     Returns:
         Rows with `method`, `seed`, `loss` (nats per token), `kl` to the original (nats per token),
-        `agreement` with its most probable next token, `multiple_choice` accuracy, and `seconds` of
-        training; the original is a row, too. `summarize_conversion` compares them.
+        `agreement` with its most probable next token, `multiple_choice` accuracy, `steps` and
+        `seconds` of training. Two rows are of no run: the original, and the original "replaced",
+        without its activation and without training. `summarize_conversion` compares them.
 
     Raises:
         ValueError: as `bilinearize` does, or if a method is unknown.
@@ -102,7 +105,13 @@ def conversion_study(
         right = multiple_choice(trained, choices).mean().item()
         return {**asdict(evaluate(trained, held, model)), "multiple_choice": right}
 
-    rows: list[dict[str, Any]] = [{"method": "original", "seed": None, **figures(model)}]
+    replaced = copy.deepcopy(model)
+    annealing = GateAnnealing(replaced, share=0.0)
+    annealing.set(1.0)
+    rows: list[dict[str, Any]] = [
+        {"method": "original", **figures(model)},
+        {"method": "replaced", **figures(annealing.fold())},
+    ]
     for seed in seeds:
         for method in methods:
             folder = study_folder(out, method, seed)
@@ -110,8 +119,15 @@ def conversion_study(
                 run_args = replace(
                     args, output_dir=f"{folder}.checkpoints", seed=seed, data_seed=seed
                 )
-                trained = _run(method, model, windows, recipe, run_args)
-                row = {"method": method, "seed": seed, **figures(trained)}
+                clock = TrainingClock()
+                trained = _run(method, model, windows, recipe, run_args, clock)
+                row = {
+                    "method": method,
+                    "seed": seed,
+                    **figures(trained),
+                    "steps": clock.state.global_step,
+                    "seconds": training_seconds(clock.state),
+                }
                 if args.process_index == 0:
                     with write_folder(folder) as partial:
                         trained.save_pretrained(partial)
@@ -127,11 +143,11 @@ def summarize_conversion(study: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         For each method the means over seeds, `cost`, its loss minus that of continued training
-        with the same seed, and `cost_error`, the standard error of that difference (missing where
-        there is one seed).
+        with the same seed (missing where there is none), and `cost_error`, the standard error of
+        that difference (missing where there is one seed).
     """
     runs = study.set_index(["method", "seed"])["loss"].unstack("method")
-    costs = runs.sub(runs.get("continued"), axis=0)
+    costs = runs.sub(runs.get("continued", pd.Series(dtype=float)), axis=0)
     means = pd.DataFrame(study.drop(columns="seed").groupby("method", sort=False).mean())
     return means.assign(cost=costs.mean(), cost_error=costs.sem(), seeds=runs.count())
 
@@ -157,10 +173,11 @@ def _run(
     windows: Dataset | IterableDataset,
     recipe: BilinearizeRecipe,
     args: TrainingArguments,
+    clock: TrainingClock,
 ) -> PreTrainedModel:
     if method in ("bilinearized", "abrupt"):
         recipe = recipe if method == "bilinearized" else ABRUPT
-        return bilinearize(model, windows, args=args, recipe=recipe, resume=True)
+        return bilinearize(model, windows, args=args, recipe=recipe, callbacks=[clock], resume=True)
     start = copy.deepcopy(model) if method == "continued" else scratch(model, args.seed)
     note = {"method": method, "model": weights_digest(model)}
-    return train(start, windows, args=args, note=note, resume=True).eval()
+    return train(start, windows, args=args, note=note, callbacks=[clock], resume=True).eval()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bilinear_lens.models.checkpoints import check_new, load_checkpoint, write_folder
@@ -29,12 +28,12 @@ from bilinear_lens.training.evaluation import continuation_choices
 from bilinear_lens.training.gates import is_bilinear
 from bilinear_lens.training.text import load_text
 
-
 METHOD_NAMES = {
     "original": "the original",
     "bilinearized": "this model",
     "continued": "the original, trained on",
-    "abrupt": "its activation taken away at once, then trained",
+    "replaced": "the original without its activation",
+    "abrupt": "the same, then trained",
     "scratch": "a bilinear model from scratch",
 }
 
@@ -156,7 +155,8 @@ tags: [bilinear, interpretability]
 {source}, whose gated MLPs were made bilinear by finetuning: a stock model with a linear gate.
 
 **How**: {options}. AdamW, learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), weight \
-decay {args.weight_decay:g}, {int(ours["steps"]):,} steps, {n_tokens:,} tokens, seed {int(ours["seed"])}.
+decay {args.weight_decay:g}, {int(ours["steps"]):,} steps, {n_tokens:,} tokens, \
+seed {int(ours["seed"])}.
 **Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.
 
 What it cost, on held-out text, beside what else the same budget would have bought ("cost" is the \

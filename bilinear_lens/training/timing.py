@@ -23,7 +23,10 @@ class TrainingClock(TrainerCallback):
     What a run lost since its last checkpoint does not count.
     """
 
+    state: TrainerState
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.state = state
         before = state.log_history[-1]["clock"] if state.log_history else 0.0
         self.start = time.perf_counter() - before
 
