@@ -542,6 +542,22 @@ def test_folders_in_the_way_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("no_training")
+def test_shifts_of_weights_that_fsdp_spreads_are_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        said = fault(tmp_path / "run", args={"fsdp": True})
+        assert "least_squares=False, anneal=0, or no FSDP" in said
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        assert fault(tmp_path / "run") == said
+    model = llama()
+    shifts = least_squares_shifts(model, torch.ones(2, 5, dtype=torch.long))
+    annealing = GateAnnealing(model, share=0.5, shifts=shifts)
+    with pytest.raises(ValueError, match="FSDP"):  # in a Trainer of one's own
+        annealing.on_train_begin(arguments(tmp_path, fsdp=True), None, None)
+    annealing.on_train_begin(arguments(tmp_path), None, None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("least_squares", [False, True])
 def test_models_without_gates_to_anneal_are_refused(least_squares, tmp_path):
     sizes: dict[str, Any] = {"vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0}

@@ -187,35 +187,31 @@ def test_a_model_that_says_nothing_is_not_right(value):
 RECIPE = BilinearizeRecipe(anneal=0.5)
 
 
-def study(out: Path, **changes: Any) -> pd.DataFrame:
-    windows = {
-        name: Dataset.from_dict({"input_ids": some_windows(n, seed=seed).tolist()})
-        for name, n, seed in (("dataset", 12, 5), ("held_out", 6, 6))
+def study(out: str | Path, *, args: Any = None, **changes: Any) -> pd.DataFrame:
+    def windows(n: int, seed: int) -> Dataset:
+        return Dataset.from_dict({"input_ids": some_windows(n, seed=seed).tolist()})
+
+    settings: dict[str, Any] = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
     }
     options: dict[str, Any] = {
         "model": random_model(gated("llama")),
-        **windows,
-        "args": TrainingArguments(
-            output_dir=str(out),
-            max_steps=1,
-            per_device_train_batch_size=3,
-            learning_rate=1e-2,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-        ),
+        "dataset": windows(12, seed=5),
+        "held_out": windows(6, seed=6),
+        "args": TrainingArguments(output_dir=str(out), **{**settings, **(args or {})}),
         "out": out,
         "choices": questions(11),
         "methods": ("bilinearized", "continued"),
         "recipe": RECIPE,
         "eval_windows": 5,
     }
-    model, dataset, held_out, *_ = ((options | changes).pop(name) for name in list(options)[:3])
-    rest = {
-        name: each for name, each in (options | changes).items() if name not in list(options)[:3]
-    }
-    return conversion_study(model, dataset, held_out, **rest)
+    return conversion_study(**(options | changes))
 
 
 FIGURES = ["loss", "kl", "agreement", "multiple_choice"]

@@ -123,5 +123,7 @@ def bilinearize(
     if summary is None:
         console.print(f"{escape(model)} is bilinear already: nothing to do.")
         return
-    console.print(summary.to_string(float_format="{:.4f}".format), markup=False)
+    console.print(
+        summary.to_string(float_format="{:.4f}".format, na_rep=""), markup=False, soft_wrap=True
+    )
     console.print(f"Wrote {escape(str(out))}")

@@ -1,13 +1,14 @@
 """The way from a gated model to a bilinear one, as a callback for any Hugging Face Trainer."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from bilinear_lens.training.gates import anneal_gates, fold_gates
+from bilinear_lens.training.gates import anneal_gates, fold_gates, gated_mlps
 
 STEEPNESS = 4.0
 """Of the exponential schedule: its last tenth falls a fortieth as fast as its first."""
@@ -68,6 +69,22 @@ class GateAnnealing(TrainerCallback):
             through = through * len(self.mlps) - layer
         return 1 - self.schedule(min(max(through, 0.0), 1.0))
 
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """Refuse what the annealing cannot do.
+
+        Raises:
+            ValueError: if gates are to move bit by bit while FSDP has them spread over devices.
+        """
+        fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if fsdp and self.shifts is not None and self.share:
+            raise ValueError(
+                "FSDP spreads the gates' weights over devices, where least-squares shifts cannot "
+                "move them as beta falls: give least_squares=False, anneal=0, or no FSDP."
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.check_arguments(args)
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.set(state.global_step / state.max_steps)
 
@@ -100,14 +117,19 @@ class GateAnnealing(TrainerCallback):
         if mlp.gate.weight.dtype != dtype:
             self._owed[layer] = due
 
-    def fold(self) -> PreTrainedModel:
+    def fold(self, model: PreTrainedModel | None = None) -> PreTrainedModel:
         """Make the model a stock one with `hidden_act="linear"`, in place.
+
+        Args:
+            model: a copy of the annealed one, where training has left the weights there, as
+                under FSDP.
 
         Raises:
             ValueError: if a gate is not linear yet: training has not come to its end.
         """
-        fold_gates(self.model, self.mlps)
-        return self.model
+        model = model or self.model
+        fold_gates(model, gated_mlps(model))
+        return model
 
 
 def check_schedule(schedule: str, share: float) -> None:

@@ -130,8 +130,9 @@ def bilinearize(
     held_out = eval_dataset and as_windows(eval_dataset, tokenizer, model=model, n_ctx=n_ctx)
     student = copy.deepcopy(model)
     annealing = prepare(student, recipe, windows)
+    annealing.check_arguments(args)
     loss = DistillationLoss(student, model, weight=recipe.distill) if recipe.distill else None
-    train(
+    trained = train(
         student,
         windows,
         args=args,
@@ -143,7 +144,7 @@ def bilinearize(
     )
     if loss:
         loss.detach()
-    bilinear = annealing.fold().eval()
+    bilinear = annealing.fold(trained).eval()
     for ours, theirs in zip(bilinear.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
     return bilinear
@@ -168,6 +169,7 @@ def prepare(
         learn_scale=recipe.learn_scale,
         shifts=shifts,
     )
+    annealing.set(0.0)  # at once where there is no annealing, before FSDP spreads the weights
     if recipe.train != "all":
         model.requires_grad_(False)
         for mlp in annealing.mlps:

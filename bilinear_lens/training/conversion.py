@@ -18,6 +18,7 @@ from bilinear_lens.training.bilinearize import (
 )
 from bilinear_lens.training.card import device_name
 from bilinear_lens.training.controls import (
+    FIGURES,
     METHODS,
     conversion_study,
     study_folder,
@@ -32,8 +33,8 @@ METHOD_NAMES = {
     "original": "the original",
     "bilinearized": "this model",
     "continued": "the original, trained on",
-    "replaced": "the original without its activation",
-    "abrupt": "the same, then trained",
+    "replaced": "the original, without its activation",
+    "abrupt": "the original, without its activation, then trained",
     "scratch": "a bilinear model from scratch",
 }
 
@@ -105,6 +106,7 @@ def bilinearize_checkpoint(
     if args.process_index == 0:
         with write_folder(out) as partial:
             shutil.copytree(study_folder(runs, METHODS[0], seeds[0]), partial, dirs_exist_ok=True)
+            (partial / FIGURES).unlink()
             found.save_pretrained(partial)
             card = conversion_card(
                 out.name,
@@ -154,9 +156,9 @@ tags: [bilinear, interpretability]
 
 {source}, whose gated MLPs were made bilinear by finetuning: a stock model with a linear gate.
 
-**How**: {options}. AdamW, learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), weight \
-decay {args.weight_decay:g}, {int(ours["steps"]):,} steps, {n_tokens:,} tokens, \
-seed {int(ours["seed"])}.
+**How**: {options}. AdamW, learning rate {args.learning_rate:g} \
+({args.lr_scheduler_type.value}), weight decay {args.weight_decay:g}, {int(ours["steps"]):,} steps, \
+{n_tokens:,} tokens, seed {int(ours["seed"])}.
 **Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.
 
 What it cost, on held-out text, beside what else the same budget would have bought ("cost" is the \
@@ -173,7 +175,7 @@ seed(s); "choice" is the accuracy of finding, among four, the passage that goes 
 
 
 def _cost(row: pd.Series) -> str:
-    if pd.isna(row["cost"]):
+    if pd.isna(row["cost"]) or row.name == "continued":
         return ""
     error = "" if pd.isna(row["cost_error"]) else f" ± {row['cost_error']:.4f}"
     return f"{row['cost']:+.4f}{error}"

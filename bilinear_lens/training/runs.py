@@ -1,9 +1,11 @@
 """Runs of the Hugging Face Trainer: their folders, what resumes them, what stops them."""
 
+import copy
 import hashlib
 import json
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from jaxtyping import Int
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -113,6 +116,9 @@ def train(
     Args:
         note: what decides the run, beside the text and `args`.
 
+    Returns:
+        The model; under FSDP, which spreads it over devices, another one with its whole weights.
+
     Raises:
         ValueError: if `args.output_dir` holds another run, or one and `resume` is False; or if the
             loss is not finite.
@@ -125,8 +131,6 @@ def train(
     use_cache = model.config.use_cache
     own = {name: each for name, each in vars(model).items() if name == "forward"}
     frozen = not all(p.requires_grad for p in model.parameters())
-    if args.gradient_checkpointing and frozen:
-        model.enable_input_require_grads()
     trainer = Trainer(
         model=model,
         args=args,
@@ -136,16 +140,28 @@ def train(
         callbacks=[StopIfNotFinite(), *callbacks],
         compute_loss_func=loss,
     )
+    whole = _copy_without_hooks(model) if trainer.is_fsdp_enabled else None
+    if args.gradient_checkpointing and frozen:
+        model.enable_input_require_grads()
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if args.gradient_checkpointing and frozen:
+        model.disable_input_require_grads()
+    if whole is not None:
+        options = StateDictOptions(full_state_dict=True)
+        whole.load_state_dict(get_model_state_dict(trainer.model_wrapped, options=options))
+        model = whole
     # what the Trainer leaves: no cache, and with 16 bits a forward that rounds to them
     model.config.use_cache = use_cache
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
-    vars(model).update(own)
-    if args.gradient_checkpointing and frozen:
-        model.disable_input_require_grads()
+    if whole is None:
+        vars(model).update(own)
     return model
+
+
+def _copy_without_hooks(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model, {id(model._forward_pre_hooks): OrderedDict()})
 
 
 def _with_labels(rows: list[dict[str, Any]]) -> dict[str, Any]:
