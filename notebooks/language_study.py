@@ -8,7 +8,9 @@ as it is done, so that an interrupted study goes on; TABLE is a CSV file, a row 
 which the notebook sums up.
 
 - recipes: ways from SwiGLU to bilinear, all with the same short budget
-- conversion: the recommended way and its controls, on two models, three seeds
+- conversion: the recommended way and its controls, three seeds
+- twin: the same on a larger model
+- long: the recommended way and continued training, on half an hour of two cores
 - regularisers: latent noise and weight decay, for models from scratch
 """
 
@@ -17,6 +19,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,14 +27,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bilinear_lens as bl
-from bilinear_lens.training.controls import METHODS
 from bilinear_lens.training.evaluation import continuation_choices
 from bilinear_lens.training.language import train_language
 from bilinear_lens.training.recipe import LanguageRecipe
 
 SEEDS = range(3)
-SHORT, LONG = 500, 2000
-"""Steps of 16 windows of 256 tokens: 2.0 and 8.2 million tokens."""
+SHORT, MIDDLE, LONG = 500, 2000, 8000
+"""Steps of 16 windows of 256 tokens: 2, 8 and 33 million tokens, each the 4.1 million of the text a
+few times over."""
+
+SETTINGS = {"bf16": True, "disable_tqdm": True}
 
 TWIN = LanguageRecipe(
     n_layers=4, d_model=192, d_mlp=576, n_heads=6, epochs=6, weight_decay=2.0, activation="silu"
@@ -40,21 +45,36 @@ TWIN = LanguageRecipe(
 
 NOISES, DECAYS = (0.0, 0.1, 0.33), (0.0, 0.1, 1.0)
 SMALL = {"n_layers": 2, "d_model": 128, "d_mlp": 384, "n_heads": 4, "vocab_size": 1024}
-SMALL_TOKENS = 3_000_000
+SMALL_TOKENS = 2_000_000
 
-KEYS = ["study", "model", "label", "method", "seed", "layer", "quantity"]
+STUDIES = ["recipes", "conversion", "twin", "long", "regularisers"]
+KEYS = ["study", "model", "label", "method", "budget", "seed", "layer", "quantity"]
 
 PLAIN = {"anneal": 0.0, "least_squares": False, "distill": 0.0}
-RECIPES: dict[str, tuple[dict, dict]] = {
-    "abrupt, lr 3e-3": (PLAIN, {"learning_rate": 3e-3}),
-    "abrupt": (PLAIN, {}),
-    "least squares, lr 3e-3": ({**PLAIN, "least_squares": True}, {"learning_rate": 3e-3}),
-    "least squares": ({**PLAIN, "least_squares": True}, {}),
-    "distilled .5": ({**PLAIN, "distill": 0.5}, {}),
-    "least squares, distilled .5": ({**PLAIN, "least_squares": True, "distill": 0.5}, {}),
-    "least squares, distilled .9": ({**PLAIN, "least_squares": True, "distill": 0.9}, {}),
+FITTED = {**PLAIN, "least_squares": True}
+RECIPES: dict[str, tuple[dict, float]] = {
+    "abrupt, 3e-3": (PLAIN, 3e-3),
+    "abrupt, 1e-3": (PLAIN, 1e-3),
+    "linear .3": ({**PLAIN, "anneal": 0.3}, 1e-3),
+    "linear .6": ({**PLAIN, "anneal": 0.6}, 1e-3),
+    "layer by layer .6": ({**PLAIN, "anneal": 0.6, "layer_by_layer": True}, 1e-3),
+    "linear .3, scales": ({**PLAIN, "anneal": 0.3, "learn_scale": True}, 1e-3),
+    "fitted, 3e-3": (FITTED, 3e-3),
+    "fitted, 1e-3": (FITTED, 1e-3),
+    "fitted, linear .3": ({**FITTED, "anneal": 0.3}, 1e-3),
+    "fitted, cosine .3": ({**FITTED, "anneal": 0.3, "schedule": "cosine"}, 1e-3),
+    "fitted, exponential .3": ({**FITTED, "anneal": 0.3, "schedule": "exponential"}, 1e-3),
+    "fitted, smootherstep .3": ({**FITTED, "anneal": 0.3, "schedule": "smootherstep"}, 1e-3),
+    "fitted, distilled .5": ({**FITTED, "distill": 0.5}, 1e-3),
+    "fitted, distilled .5, 2e-3": ({**FITTED, "distill": 0.5}, 2e-3),
+    "fitted, linear .3, distilled .5": ({**FITTED, "anneal": 0.3, "distill": 0.5}, 1e-3),
+    "fitted, distilled 1": ({**FITTED, "distill": 1.0}, 1e-3),
+    "fitted, MLPs alone": ({**FITTED, "train": "mlp"}, 1e-3),
 }
-"""By name: changes to the recipe, and to the Trainer's arguments."""
+"""Changes to the recipe, and the learning rate. "fitted" is by least squares."""
+
+CONTROLS = {"continued": 1e-3, "abrupt": 3e-3, "scratch": 3e-3}
+"""At the learning rate that suits each of them best."""
 
 
 @dataclass(frozen=True)
@@ -71,30 +91,28 @@ class Conversion:
     settings: dict = field(default_factory=dict)
 
     def run(self, data: Path, models: Path) -> pd.DataFrame:
-        folder = (
-            data / "checkpoints/stories260K" if self.model == "stories260K" else models / "twin"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        folder = {"stories260K": data / "checkpoints/stories260K", "twin": models / "twin"}
+        tokenizer = AutoTokenizer.from_pretrained(folder[self.model])
         held_out = bl.load_text(data / "tinystories/heldout.txt.gz")
-        out = models / self.study / self.model / self.label.replace(" ", "_")
-        args = bl.recommended_arguments(
-            out, max_steps=self.steps, disable_tqdm=True, **self.settings
-        )
-        study = bl.conversion_study(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        out = models / f"{self.study} {self.model} {self.label} {self.steps}".replace(" ", "_")
+        table = bl.conversion_study(
+            AutoModelForCausalLM.from_pretrained(folder[self.model], dtype=torch.float32),
             bl.load_text(data / "tinystories/train.txt.gz"),
             held_out,
-            args=args,
+            args=bl.recommended_arguments(
+                out, max_steps=self.steps, **{**SETTINGS, **self.settings}
+            ),
             out=out,
-            choices=continuation_choices(held_out["text"], tokenizer, start=64, length=12),
+            choices=continuation_choices(held_out["text"], tokenizer, start=64, length=8),
             recipe=bl.BilinearizeRecipe(**self.recipe),
             methods=(self.method,),
             seeds=(self.seed,),
             tokenizer=tokenizer,
             resume=True,
         )
-        rows = study.melt(id_vars=["method", "seed"], var_name="quantity")
-        return rows.assign(study=self.study, model=self.model, label=self.label)
+        return table.melt(id_vars=["method", "seed"], var_name="quantity").assign(
+            study=self.study, model=self.model, label=self.label, budget=self.steps
+        )
 
 
 @dataclass(frozen=True)
@@ -133,19 +151,37 @@ class Regularised:
 
 
 def jobs(studies: list[str]) -> list[Conversion | Regularised]:
-    """Every run; those of the first study come first."""
-    everything: dict[str, list[Conversion | Regularised]] = {
+    """Every run, study by study."""
+
+    def conversions(study: str, model: str, steps: int, seed: int) -> list[Conversion]:
+        ours = Conversion(study, model, "recommended", "bilinearized", seed, steps)
+        return [
+            ours,
+            *(
+                Conversion(study, model, name, name, seed, steps, PLAIN, {"learning_rate": rate})
+                for name, rate in CONTROLS.items()
+            ),
+        ]
+
+    everything: dict[str, list[Any]] = {
         "recipes": [
-            Conversion("recipes", "stories260K", label, method, 0, SHORT, *options)
-            for label, options in RECIPES.items()
-            for method in ["continued" if label.startswith("continued") else "bilinearized"]
+            Conversion(
+                "recipes",
+                "stories260K",
+                label,
+                "bilinearized",
+                0,
+                SHORT,
+                recipe,
+                {"learning_rate": rate},
+            )
+            for label, (recipe, rate) in RECIPES.items()
         ],
         "conversion": [
-            Conversion("conversion", model, "recommended", method, seed, LONG)
-            for seed in SEEDS
-            for model in ("stories260K", "twin")
-            for method in METHODS
+            job for seed in SEEDS for job in conversions("conversion", "stories260K", MIDDLE, seed)
         ],
+        "twin": [job for seed in SEEDS for job in conversions("twin", "twin", MIDDLE, seed)],
+        "long": conversions("long", "stories260K", LONG, 0)[:2],
         "regularisers": [
             Regularised(noise, decay, seed)
             for seed in SEEDS
@@ -167,10 +203,10 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("table", type=Path)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--studies", nargs="+", default=["recipes", "conversion", "regularisers"])
+    parser.add_argument("--studies", nargs="+", default=STUDIES)
     arguments = parser.parse_args()
     data, models = arguments.data, arguments.models
-    if "conversion" in arguments.studies and not (models / "twin").exists():
+    if "twin" in arguments.studies and not (models / "twin").exists():
         train_language(
             models / "twin",
             text=data / "tinystories/train.txt.gz",

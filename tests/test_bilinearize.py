@@ -551,9 +551,10 @@ def test_shifts_of_weights_that_fsdp_spreads_are_refused(tmp_path, monkeypatch):
     model = llama()
     shifts = least_squares_shifts(model, torch.ones(2, 5, dtype=torch.long))
     annealing = GateAnnealing(model, share=0.5, shifts=shifts)
+    states: Any = None, None
     with pytest.raises(ValueError, match="FSDP"):  # in a Trainer of one's own
-        annealing.on_train_begin(arguments(tmp_path, fsdp=True), None, None)
-    annealing.on_train_begin(arguments(tmp_path), None, None)
+        annealing.on_train_begin(arguments(tmp_path, fsdp=True), *states)
+    annealing.on_train_begin(arguments(tmp_path), *states)
     assert not (tmp_path / "run").exists()
 
 

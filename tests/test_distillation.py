@@ -26,9 +26,11 @@ def some_labels(tokens: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def plain_loss(student, teacher, tokens, labels, weight: float) -> torch.Tensor:
+def plain_loss(student, teacher, tokens, labels, weight: float, mask=None) -> torch.Tensor:
     """One position at a time."""
-    ours, theirs = (model(tokens).logits.softmax(-1) for model in (student, teacher))
+    ours, theirs = (
+        model(tokens, attention_mask=mask).logits.softmax(-1) for model in (student, teacher)
+    )
     total, n = torch.zeros(()), 0
     for row in range(len(tokens)):
         for position in range(tokens.shape[1] - 1):
@@ -100,6 +102,7 @@ def test_the_teacher_reads_what_the_student_reads():
     by_name = loss(student(input_ids=tokens, attention_mask=mask), labels)
     by_position = loss(student(tokens, mask), labels)
     torch.testing.assert_close(by_position, by_name)
+    torch.testing.assert_close(by_name, plain_loss(student, teacher, tokens, labels, 1.0, mask))
     without = loss(student(tokens), labels)
     assert abs(without - by_name) > 1e-3
     loss.detach()

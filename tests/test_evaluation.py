@@ -116,11 +116,12 @@ def test_options_go_on_with_texts_at_the_same_place(tokenizer):
     assert len(given.starts) == 9  # without the short one
 
 
-def test_a_tokenizer_without_a_first_token_adds_none(tokenizer):
+def test_where_there_is_no_first_token_the_last_one_stands(tokenizer):
     plain = copy.deepcopy(tokenizer)
     plain.bos_token = None
     choices = continuation_choices(bl.held_out_stories()[:4], plain, start=20, length=7)
-    assert choices.starts[2].tolist() == tokenizer(bl.held_out_stories()[2])["input_ids"][:20]
+    ids = [plain.eos_token_id, *tokenizer(bl.held_out_stories()[2])["input_ids"]]
+    assert choices.starts[2].tolist() == ids[:20]
 
 
 def test_too_few_texts_are_refused(tokenizer):
@@ -250,7 +251,7 @@ def test_a_study_has_a_row_for_each_run_and_resumes(tmp_path, monkeypatch):
         right = multiple_choice(saved, questions(11)).mean().item()
         assert rows[row]["multiple_choice"] == pytest.approx(right)
     left = sorted(path.name for path in (tmp_path / "study").iterdir())
-    assert left == ["bilinearized-0", "continued-0", "run.json"]
+    assert left == ["bilinearized-0", "continued-0", "original.json", "replaced.json", "run.json"]
 
     calls.clear()
     pd.testing.assert_frame_equal(study(tmp_path / "study", resume=True), first)
@@ -290,7 +291,7 @@ def test_another_study_s_folder_is_refused(tmp_path):
     assert "unfinished run: resume it" in begin()
     assert begin(resume=True) == "work has begun"
     assert "another run: recipe differ" in begin(resume=True, recipe=replace(RECIPE, distill=0.5))
-    assert "another run: eval_windows differ" in begin(resume=True, eval_windows=4)
+    assert "another run: held_out differ" in begin(resume=True, eval_windows=4)
     other = random_model(gated("llama"), seed=1)
     assert "another run: model differ" in begin(resume=True, model=other)
     dataset = Dataset.from_dict({"input_ids": some_windows(12, seed=8).tolist()})

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
+import torch
 from models import loaded_with_report
 from test_bilinearize import EVERYTHING, arguments, assert_same_weights, bilinearize, llama, windows
 from test_evaluation import FIGURES, study
@@ -51,7 +52,8 @@ def test_two_processes_make_one_study(tmp_path):
         theirs, _ = loaded_with_report(tmp_path / "one" / folder.name)
         assert_same_weights(ours, theirs, atol=1e-5)
     again = study(tmp_path / "two", args={"per_device_train_batch_size": 2}, resume=True)
-    pd.testing.assert_frame_equal(again[FIGURES], one[FIGURES], rtol=1e-4)
+    for name in FIGURES:
+        assert list(again[name]) == pytest.approx(list(one[name]), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -71,7 +73,7 @@ for name in ("whole", "resumed"):
         args=args,
         resume=name == "resumed",
     )
-    model.save_pretrained(f"{sys.argv[1]}/{name}-{args.process_index}")
+    torch.save(model.state_dict(), f"{sys.argv[1]}/{name}-{args.process_index}.pt")
     torch.distributed.barrier()
     if args.process_index == 0:
         assert {"pytorch_model_fsdp.bin"} <= {p.name for p in last(out).iterdir()}
@@ -84,13 +86,10 @@ for name in ("whole", "resumed"):
         folder.mkdir()
         filled = script.replace("SHIFTS", str(shifts)).replace("ANNEAL", str(anneal))
         run_in_two(filled, folder)
-        recipe = EVERYTHING.__class__(
-            **{**vars(EVERYTHING), "least_squares": shifts, "anneal": anneal}
-        )
+        recipe = replace(EVERYTHING, least_squares=shifts, anneal=anneal)
         plain = bilinearize(
             llama(), windows(), recipe=recipe, args=arguments(tmp_path / f"one-{shifts}")
         )
         for name in ("whole-0", "whole-1", "resumed-0", "resumed-1"):
-            ours, report = loaded_with_report(folder / name)
-            assert not report["missing_keys"] and not report["unexpected_keys"]
-            assert_same_weights(ours, plain, atol=1e-5)
+            weights = torch.load(folder / f"{name}.pt")
+            assert_same_weights(weights, plain, atol=1e-5)

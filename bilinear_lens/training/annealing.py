@@ -89,7 +89,7 @@ class GateAnnealing(TrainerCallback):
         self.set(state.global_step / state.max_steps)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.set(1.0)
+        self.set(state.global_step / state.max_steps)
 
     @torch.no_grad()
     def set(self, progress: float) -> None:

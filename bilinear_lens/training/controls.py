@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from bilinear_lens.training.runs import (
     check_run_folder,
     first_windows,
     note_run,
+    tensors_digest,
     text_and_arguments,
     train,
     weights_digest,
+    write_whole,
 )
 from bilinear_lens.training.timing import TrainingClock, training_seconds
 
@@ -89,28 +91,30 @@ def conversion_study(
     out = Path(out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     windows = as_windows(dataset, tokenizer, model=model, n_ctx=n_ctx)
+    held = first_windows(as_windows(held_out, tokenizer, model=model, n_ctx=n_ctx), eval_windows)
     note = {
         "recipe": asdict(recipe),
         "model": weights_digest(model),
         **text_and_arguments(windows, args),
-        "eval_windows": eval_windows,
+        "held_out": tensors_digest([held, choices.starts, choices.options]),
     }
     del note["seed"]
     if args.process_index == 0:
         check_run_folder(out, note, resume=resume)
         note_run(out, note)
-    held = first_windows(as_windows(held_out, tokenizer, model=model, n_ctx=n_ctx), eval_windows)
 
     def figures(trained: PreTrainedModel) -> dict[str, float]:
         right = multiple_choice(trained, choices).mean().item()
         return {**asdict(evaluate(trained, held, model)), "multiple_choice": right}
 
-    replaced = copy.deepcopy(model)
-    annealing = GateAnnealing(replaced, share=0.0)
-    annealing.set(1.0)
-    rows: list[dict[str, Any]] = [
-        {"method": "original", **figures(model)},
-        {"method": "replaced", **figures(annealing.fold())},
+    def replaced() -> PreTrainedModel:
+        annealing = GateAnnealing(copy.deepcopy(model), share=0.0)
+        annealing.set(1.0)
+        return annealing.fold()
+
+    rows = [
+        _once(out / f"{name}.json", lambda get=get, name=name: {"method": name, **figures(get())})
+        for name, get in {"original": lambda: model, "replaced": replaced}.items()
     ]
     for seed in seeds:
         for method in methods:
@@ -150,6 +154,13 @@ def summarize_conversion(study: pd.DataFrame) -> pd.DataFrame:
     costs = runs.sub(runs.get("continued", pd.Series(dtype=float)), axis=0)
     means = pd.DataFrame(study.drop(columns="seed").groupby("method", sort=False).mean())
     return means.assign(cost=costs.mean(), cost_error=costs.sem(), seeds=runs.count())
+
+
+def _once(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, computed and written if there is none."""
+    if not file.exists():
+        write_whole(file, json.dumps(compute(), indent=1))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def study_folder(out: Path, method: str, seed: int) -> Path:

@@ -1,5 +1,6 @@
 """A checkpoint's gated model made bilinear, from text, into a folder with a card."""
 
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 
 from bilinear_lens.models.checkpoints import check_new, load_checkpoint, write_folder
 from bilinear_lens.training.bilinearize import (
@@ -138,9 +139,9 @@ def conversion_card(
     summary = summarize_conversion(study)
     ours = study[study["method"] == METHODS[0]].iloc[0]
     rows = "\n".join(
-        f"| {METHOD_NAMES[method]} | {row['loss']:.4f} | {_cost(row)} | {row['kl']:.4f} "
-        f"| {row['agreement']:.4f} | {row['multiple_choice']:.3f} |"
-        for method, row in summary.iterrows()
+        f"| {METHOD_NAMES[str(method)]} | {row['loss']:.4f} | {_cost(str(method), row)} "
+        f"| {row['kl']:.4f} | {row['agreement']:.4f} | {row['multiple_choice']:.3f} |"
+        for method, row in summary.to_dict("index").items()
     )
     made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
     options = ", ".join(f"{key} {value}" for key, value in asdict(recipe).items())
@@ -157,12 +158,12 @@ tags: [bilinear, interpretability]
 {source}, whose gated MLPs were made bilinear by finetuning: a stock model with a linear gate.
 
 **How**: {options}. AdamW, learning rate {args.learning_rate:g} \
-({args.lr_scheduler_type.value}), weight decay {args.weight_decay:g}, {int(ours["steps"]):,} steps, \
-{n_tokens:,} tokens, seed {int(ours["seed"])}.
+({SchedulerType(args.lr_scheduler_type).value}), weight decay {args.weight_decay:g}, \
+{int(ours["steps"]):,} steps, {n_tokens:,} tokens, seed {int(ours["seed"])}.
 **Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.
 
 What it cost, on held-out text, beside what else the same budget would have bought ("cost" is the \
-loss minus that of continued training, ± its standard error over {int(summary["seeds"].max())} \
+loss minus that of continued training, ± its standard error over {study["seed"].nunique()} \
 seed(s); "choice" is the accuracy of finding, among four, the passage that goes on with a text):
 
 | | nats per token | cost | KL to the original | agreement | choice |
@@ -174,8 +175,8 @@ seed(s); "choice" is the accuracy of finding, among four, the passage that goes 
 """
 
 
-def _cost(row: pd.Series) -> str:
-    if pd.isna(row["cost"]) or row.name == "continued":
+def _cost(method: str, row: Mapping[str, float]) -> str:
+    if math.isnan(row["cost"]) or method == "continued":
         return ""
-    error = "" if pd.isna(row["cost_error"]) else f" ± {row['cost_error']:.4f}"
+    error = "" if math.isnan(row["cost_error"]) else f" ± {row['cost_error']:.4f}"
     return f"{row['cost']:+.4f}{error}"

@@ -9,6 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bilinear_lens.training.text import encode
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -94,9 +96,7 @@ def continuation_choices(
     size = start + length
     rows = []
     for document in documents:
-        ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-        if isinstance(first := tokenizer.bos_token_id, int):
-            ids = [first, *ids]
+        (ids,) = encode([document], tokenizer)
         if len(ids) >= size:
             rows.append(ids[:size])
         if len(rows) == limit:

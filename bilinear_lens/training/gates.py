@@ -136,8 +136,8 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
     if len(found) != n_layers or mixtures:  # experts can have a gated MLP beside them
         raise ValueError(
             f"{type(model).__name__} has {len(found)} gated MLPs and {mixtures} mixtures of "
-            f"experts in {n_layers} layers; each layer must have one gated MLP, as in Llama, Mistral, Qwen 2 and 3, Gemma and Phi-3 (a mixture of "
-            "experts has many, a plain MLP is none)."
+            f"experts in {n_layers} layers; each layer must have one gated MLP, as in Llama, "
+            "Mistral, Qwen 2 and 3, Gemma and Phi-3 (a plain MLP is none)."
         )
     return found
 

@@ -88,9 +88,14 @@ def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> N
 def note_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Make a folder of checkpoints that says what run they are of."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{NOTE}.{os.getpid()}"
-    partial.write_text(json.dumps(run, indent=1), encoding="utf-8")
-    partial.replace(folder / NOTE)
+    write_whole(folder / NOTE, json.dumps(run, indent=1))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file, which others see whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -149,7 +154,8 @@ def train(
         model.disable_input_require_grads()
     if whole is not None:
         options = StateDictOptions(full_state_dict=True)
-        whole.load_state_dict(get_model_state_dict(trainer.model_wrapped, options=options))
+        spread: PreTrainedModel = trainer.model_wrapped  # pyright: ignore[reportAssignmentType]
+        whole.load_state_dict(get_model_state_dict(spread, options=options))
         model = whole
     # what the Trainer leaves: no cache, and with 16 bits a forward that rounds to them
     model.config.use_cache = use_cache
@@ -234,10 +240,11 @@ def first_windows(windows: Dataset | IterableDataset, n: int) -> Int[Tensor, "n 
 
 def weights_digest(model: PreTrainedModel) -> str:
     """A SHA-256 of a model's weights."""
-    return _digest(weight for _, weight in sorted(model.state_dict().items()))
+    return tensors_digest(weight for _, weight in sorted(model.state_dict().items()))
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """A SHA-256 of what tensors hold."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -262,4 +269,5 @@ def text_and_arguments(
         "bf16",
     )
     decisive = {name: getattr(args, name) for name in names}
-    return {**decisive, "text": _digest([first_windows(windows, 8)])}
+    length = {"windows": len(windows)} if isinstance(windows, Dataset) else {}
+    return {**decisive, **length, "text": tensors_digest([first_windows(windows, 8)])}

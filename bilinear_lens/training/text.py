@@ -254,6 +254,7 @@ def pack(
         ValueError: if the tokenizer has neither a first nor a last token, gives tokens that the
             model lacks, or the documents of a dataset fill no window.
     """
+    _first_token(tokenizer)
     windows = _text_column(documents).map(
         _cut,
         batched=True,
@@ -265,7 +266,6 @@ def pack(
         ),
         fn_kwargs={
             "tokenizer": tokenizer,
-            "first": _first_token(tokenizer),
             "n_ctx": n_ctx,
             "vocab_size": vocab_size,
         },
@@ -284,10 +284,10 @@ def tokens_per_byte(documents: Texts, tokenizer: PreTrainedTokenizerBase) -> flo
     Raises:
         ValueError: as for `pack`, or if there is no text.
     """
-    first = _first_token(tokenizer)
+    _first_token(tokenizer)
     n_tokens = n_bytes = 0
     for batch in batches(documents):
-        n_tokens += sum(map(len, _encode(batch, tokenizer, first)))
+        n_tokens += sum(map(len, encode(batch, tokenizer)))
         n_bytes += sum(len(text.encode()) for text in batch)
     if not n_bytes:
         raise ValueError("There is no text to count the tokens of.")
@@ -301,7 +301,13 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("The tokenizer has no first token (bos_token): set one, such as its end.")
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, first: int) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each text, after the tokenizer's first token (its last where it has none).
+
+    Raises:
+        ValueError: if the tokenizer has neither.
+    """
+    first = _first_token(tokenizer)
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
         "input_ids"
     ]  # pyright: ignore[reportAssignmentType]
@@ -312,11 +318,10 @@ def _cut(
     batch: Mapping[str, list[str]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    first: int,
     n_ctx: int,
     vocab_size: int | None,
 ) -> dict[str, list[list[int]]]:
-    stream = list(chain.from_iterable(_encode(batch["text"], tokenizer, first)))
+    stream = list(chain.from_iterable(encode(batch["text"], tokenizer)))
     if vocab_size is not None and max(stream) >= vocab_size:
         raise ValueError(
             f"The tokenizer does not fit the model: it gives token {max(stream)}, and the model "
