@@ -11,6 +11,7 @@ which the notebook sums up.
 - conversion: the recommended way and its controls, three seeds
 - twin: the same on a larger model
 - long: the recommended way and continued training, on half an hour of two cores
+- reading: what the weights of the converted models say, beside models from scratch
 - regularisers: latent noise and weight decay, for models from scratch
 """
 
@@ -47,8 +48,11 @@ NOISES, DECAYS = (0.0, 0.1, 0.33), (0.0, 0.1, 1.0)
 SMALL = {"n_layers": 2, "d_model": 128, "d_mlp": 384, "n_heads": 4, "vocab_size": 1024}
 SMALL_TOKENS = 2_000_000
 
-STUDIES = ["recipes", "conversion", "twin", "long", "regularisers"]
+STUDIES = ["recipes", "conversion", "twin", "long", "reading", "regularisers"]
 KEYS = ["study", "model", "label", "method", "budget", "seed", "layer", "quantity"]
+
+FREQUENT, WORDS = 200, 6
+"""Tokens for the correlation with bigrams; words to ablate."""
 
 PLAIN = {"anneal": 0.0, "least_squares": False, "distill": 0.0}
 FITTED = {**PLAIN, "least_squares": True}
@@ -150,7 +154,86 @@ class Regularised:
         )
 
 
-def jobs(studies: list[str]) -> list[Conversion | Regularised]:
+@dataclass(frozen=True)
+class Reading:
+    """What the weights of a trained model say, and whether the text bears it out."""
+
+    model: str
+    method: str
+    seed: int
+
+    def run(self, data: Path, models: Path) -> pd.DataFrame:
+        study = "twin" if self.model == "twin" else "conversion"
+        label = "recommended" if self.method == "bilinearized" else self.method
+        folder = models / f"{study}_{self.model}_{label}_{MIDDLE}" / f"{self.method}-{self.seed}"
+        model = bl.HookedBilinearTransformer.from_pretrained(
+            folder, tokenizer=models / "twin" if study == "twin" else "stories260k"
+        )
+        stories = bl.load_text(data / "tinystories/heldout.txt.gz")["text"][:1000]
+        windows = [model.to_tokens(story, truncate=True)[0] for story in stories]
+        rows = bl.overview(model, n_tokens=256).melt(id_vars="layer", var_name="quantity")
+        checks = [
+            {"layer": layer, "quantity": quantity, "value": value}
+            for layer in range(model.cfg.n_layers)
+            for quantity, value in {
+                **bigram_correlation(model, windows, layer),
+                **ablation_effects(model, stories[:30], windows, layer),
+            }.items()
+        ]
+        return pd.concat([rows, pd.DataFrame(checks)]).assign(
+            study="reading", model=self.model, label=label, method=self.method, seed=self.seed
+        )
+
+
+def bigram_correlation(
+    model: bl.HookedBilinearTransformer, windows: list[torch.Tensor], layer: int
+) -> dict[str, float]:
+    """Does what a token alone makes the layer write agree with what follows it in text?
+
+    For the most frequent outputs: the rank correlation, over the input tokens that are frequent
+    too, of u . mlp(x_t) with the log of how much more often u follows t than it stands anywhere;
+    and the same with the inputs shuffled.
+    """
+    n = model.cfg.d_vocab
+    pairs = torch.zeros(n, n)
+    for window in windows:
+        pairs.index_put_((window[:-1], window[1:]), torch.ones(len(window) - 1), accumulate=True)
+    frequent = pairs.sum(dim=1).topk(FREQUENT).indices
+    counts = pairs[frequent][:, frequent]
+    lift = (counts + 0.5) / (counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum() + 0.5)
+    written = model.bilinear_tensor(layer)(model.token_basis().directions[frequent])
+    effect = written @ model.output_directions(frequent.tolist()).mT
+    order = torch.randperm(FREQUENT, generator=torch.Generator().manual_seed(0))
+
+    def correlation(effect: torch.Tensor) -> float:
+        ranks = [each.argsort(0).argsort(0).double() for each in (effect, lift)]
+        ours, theirs = ((each - each.mean(0)) / each.std(0) for each in ranks)
+        return (ours * theirs).sum(0).mean().item() / (FREQUENT - 1)
+
+    return {"bigrams": correlation(effect), "bigrams, shuffled": correlation(effect[order])}
+
+
+def ablation_effects(
+    model: bl.HookedBilinearTransformer,
+    stories: list[str],
+    windows: list[torch.Tensor],
+    layer: int,
+) -> dict[str, float]:
+    """The share of what the layer adds to a token's logit, where it is right, that the top 8
+    eigenvectors carry, and that 8 random directions do: the median over frequent words."""
+    labels, counts = model.token_labels, torch.cat(windows).bincount(minlength=model.cfg.d_vocab)
+    words = [t for t in counts.argsort(descending=True).tolist() if labels[t].strip().isalpha()]
+    shares = []
+    for token in words[:WORDS]:
+        curve = bl.ablation_curve(
+            model, token, stories, layer=layer, ks=(8, model.cfg.d_model), n_random=1, n_bootstrap=1
+        ).pivot(index="k", columns="eigenvectors", values="logit")
+        shares.append(curve.loc[8, ["top", "random"]] / curve.loc[model.cfg.d_model, "top"])
+    medians = pd.DataFrame(shares).median()
+    return {f"ablation, {name} 8": float(value) for name, value in medians.items()}
+
+
+def jobs(studies: list[str]) -> list[Conversion | Reading | Regularised]:
     """Every run, study by study."""
 
     def conversions(study: str, model: str, steps: int, seed: int) -> list[Conversion]:
@@ -182,6 +265,12 @@ def jobs(studies: list[str]) -> list[Conversion | Regularised]:
         ],
         "twin": [job for seed in SEEDS for job in conversions("twin", "twin", MIDDLE, seed)],
         "long": conversions("long", "stories260K", LONG, 0)[:2],
+        "reading": [
+            Reading(model, method, seed)
+            for model in ("stories260K", "twin")
+            for method in ("bilinearized", "scratch")
+            for seed in SEEDS
+        ],
         "regularisers": [
             Regularised(noise, decay, seed)
             for seed in SEEDS
@@ -192,7 +281,7 @@ def jobs(studies: list[str]) -> list[Conversion | Regularised]:
     return [job for study in studies for job in everything[study]]
 
 
-def run(job: Conversion | Regularised, data: Path, models: Path) -> pd.DataFrame:
+def run(job: Conversion | Reading | Regularised, data: Path, models: Path) -> pd.DataFrame:
     torch.set_num_threads(1)  # two runs with a thread each are faster than one with two
     return job.run(data, models)
 
