@@ -56,24 +56,27 @@ FREQUENT, WORDS = 200, 6
 
 PLAIN = {"anneal": 0.0, "least_squares": False, "distill": 0.0}
 FITTED = {**PLAIN, "least_squares": True}
+TAUGHT = {**FITTED, "distill": 0.8, "distill_end": 0.0}
 RECIPES: dict[str, tuple[dict, float]] = {
-    "abrupt, 3e-3": (PLAIN, 3e-3),
-    "abrupt, 1e-3": (PLAIN, 1e-3),
+    "abrupt": (PLAIN, 1e-3),
+    "abrupt, 2e-3": (PLAIN, 2e-3),
+    "abrupt, 4e-3": (PLAIN, 4e-3),
     "linear .3": ({**PLAIN, "anneal": 0.3}, 1e-3),
     "linear .6": ({**PLAIN, "anneal": 0.6}, 1e-3),
-    "layer by layer .6": ({**PLAIN, "anneal": 0.6, "layer_by_layer": True}, 1e-3),
+    "linear .6, layer by layer": ({**PLAIN, "anneal": 0.6, "layer_by_layer": True}, 1e-3),
     "linear .3, scales": ({**PLAIN, "anneal": 0.3, "learn_scale": True}, 1e-3),
-    "fitted, 3e-3": (FITTED, 3e-3),
-    "fitted, 1e-3": (FITTED, 1e-3),
+    "fitted": (FITTED, 1e-3),
+    "fitted, 2e-3": (FITTED, 2e-3),
+    "fitted, MLPs alone": ({**FITTED, "train": "mlp"}, 1e-3),
     "fitted, linear .3": ({**FITTED, "anneal": 0.3}, 1e-3),
     "fitted, cosine .3": ({**FITTED, "anneal": 0.3, "schedule": "cosine"}, 1e-3),
     "fitted, exponential .3": ({**FITTED, "anneal": 0.3, "schedule": "exponential"}, 1e-3),
     "fitted, smootherstep .3": ({**FITTED, "anneal": 0.3, "schedule": "smootherstep"}, 1e-3),
-    "fitted, distilled .5": ({**FITTED, "distill": 0.5}, 1e-3),
-    "fitted, distilled .5, 2e-3": ({**FITTED, "distill": 0.5}, 2e-3),
-    "fitted, linear .3, distilled .5": ({**FITTED, "anneal": 0.3, "distill": 0.5}, 1e-3),
-    "fitted, distilled 1": ({**FITTED, "distill": 1.0}, 1e-3),
-    "fitted, MLPs alone": ({**FITTED, "train": "mlp"}, 1e-3),
+    "fitted, distilled .5": ({**FITTED, "distill": 0.5, "distill_end": 0.5}, 1e-3),
+    "fitted, distilled 1": ({**FITTED, "distill": 1.0, "distill_end": 1.0}, 1e-3),
+    "fitted, distilled .8 to 0": (TAUGHT, 1e-3),
+    "fitted, distilled .8 to 0, 2e-3": (TAUGHT, 2e-3),
+    "distilled .8 to 0": ({**TAUGHT, "least_squares": False}, 1e-3),
 }
 """Changes to the recipe, and the learning rate. "fitted" is by least squares."""
 

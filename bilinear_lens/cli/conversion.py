@@ -33,7 +33,7 @@ def bilinearize(
     batch_size: Annotated[int, typer.Option(help="Windows at once, on each device.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     n_ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     anneal: Annotated[
         float, typer.Option(help="Share of the steps over which beta falls from 1 to 0.")
     ] = RECOMMENDED.anneal,
@@ -54,8 +54,11 @@ def bilinearize(
         ),
     ] = RECOMMENDED.least_squares,
     distill: Annotated[
-        float, typer.Option(help="Weight of the KL divergence from the original, 0 to 1.")
+        float, typer.Option(help="Weight of the KL divergence from the original, at first.")
     ] = RECOMMENDED.distill,
+    distill_end: Annotated[
+        float, typer.Option(help="The same at the last step.")
+    ] = RECOMMENDED.distill_end,
     train: Annotated[
         str, typer.Option(help="Which weights: all, mlp or gate.")
     ] = RECOMMENDED.train,
@@ -108,6 +111,7 @@ def bilinearize(
             learn_scale=learn_scale,
             least_squares=least_squares,
             distill=distill,
+            distill_end=distill_end,
             train=train,  # pyright: ignore[reportArgumentType]
         ),
         settings=settings,

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bilinear_lens.training.annealing import GateAnnealing, check_schedule
-from bilinear_lens.training.distillation import DistillationLoss
+from bilinear_lens.training.distillation import DistillationLoss, check_weights
 from bilinear_lens.training.gates import is_bilinear, least_squares_shifts
 from bilinear_lens.training.runs import as_windows, first_windows, train, weights_digest
 
@@ -33,7 +33,7 @@ class BilinearizeRecipe:
         ValueError: if an option is out of range.
     """
 
-    anneal: float = 0.3
+    anneal: float = 0.0
     """Share of the steps over which beta falls from 1 to 0; 0 replaces the gates at once."""
     schedule: str = "linear"
     """How beta falls: linear, cosine, exponential or smootherstep."""
@@ -41,19 +41,20 @@ class BilinearizeRecipe:
     """Layers become linear one after the other, not all together."""
     learn_scale: bool = False
     """Each neuron's scale c is trained."""
-    least_squares: bool = False
+    least_squares: bool = True
     """Move the gates' weights, as beta falls, by what brings the linear gate nearest to the
     activation on the first windows of the text."""
-    distill: float = 0.0
-    """Weight of the KL divergence from the original's predictions; the language-model loss has
-    the rest."""
+    distill: float = 0.8
+    """Weight of the KL divergence from the original's predictions, at first; the language-model
+    loss has the rest."""
+    distill_end: float = 0.0
+    """The same at the end: it falls along a straight line."""
     train: Literal["all", "mlp", "gate"] = "all"
     """Which weights are trained: all, those of the MLPs, or those of their gates."""
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule, self.anneal)
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f"distill={self.distill} must be a weight from 0 to 1.")
+        check_weights(self.distill, self.distill_end)
         if self.train not in ("all", "mlp", "gate"):
             raise ValueError(f"train={self.train!r} must be 'all', 'mlp' or 'gate'.")
 
@@ -69,7 +70,7 @@ def recommended_arguments(output_dir: str | Path, **changes: Any) -> TrainingArg
         changes: any of `TrainingArguments`; `max_steps` or `num_train_epochs` at least.
     """
     settings = {
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.02,
         "adam_beta2": 0.95,
@@ -131,14 +132,15 @@ def bilinearize(
     student = copy.deepcopy(model)
     annealing = prepare(student, recipe, windows)
     annealing.check_arguments(args)
-    loss = DistillationLoss(student, model, weight=recipe.distill) if recipe.distill else None
+    weights = {"weight": recipe.distill, "end": recipe.distill_end}
+    loss = DistillationLoss(student, model, **weights) if recipe.distill else None
     trained = train(
         student,
         windows,
         args=args,
         note={"recipe": asdict(recipe), "model": weights_digest(model)},
         held_out=held_out,
-        callbacks=[annealing, *callbacks],
+        callbacks=[annealing, *([loss] if loss else []), *callbacks],
         loss=loss,
         resume=resume,
     )

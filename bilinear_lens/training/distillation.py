@@ -5,42 +5,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 IGNORED = -100
 """The label of positions that count in no loss."""
 
 
-class DistillationLoss:
+class DistillationLoss(TrainerCallback):
     """KL divergence from a frozen teacher's next-token predictions, mixed with the usual loss.
 
-    Give it to `Trainer(compute_loss_func=...)`. A hook on the student sees what it reads, so the
-    teacher reads the same.
+    Give it to `Trainer(compute_loss_func=..., callbacks=[...])`, the same object twice: as a
+    callback it lets its weight fall by the step. A hook on the student sees what it reads, so
+    the teacher reads the same.
 
     Args:
         student: the model that is trained.
         teacher: a model of the same vocabulary; it is not trained, teaches without dropout, and
             follows the student's device.
-        weight: of the divergence, from 0 to 1; the language-model loss has the rest.
+        weight: of the divergence, above 0 and at most 1; the language-model loss has the rest.
+        end: what the weight has become at the last step, along a straight line; by default it
+            stays.
 
     Raises:
-        ValueError: if the weight is out of range or the vocabularies differ.
+        ValueError: if a weight is out of range or the vocabularies differ.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, *, weight: float
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        *,
+        weight: float,
+        end: float | None = None,
     ) -> None:
-        if not 0 < weight <= 1:
-            raise ValueError(f"distill={weight} must be above 0 and at most 1.")
+        check_weights(weight, weight if end is None else end)
+        if weight == 0:
+            raise ValueError("distill=0 is no distillation: leave the loss out.")
         if student.config.vocab_size != teacher.config.vocab_size:
             raise ValueError(
                 f"The teacher has {teacher.config.vocab_size} tokens, the student "
                 f"{student.config.vocab_size}: give a teacher of the same vocabulary."
             )
         self.teacher = teacher
+        self.start, self.end = weight, weight if end is None else end
         self.weight = weight
         self._inputs: dict[str, Any] = {}
         self._hook = student.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.weight = self.start + (self.end - self.start) * state.global_step / state.max_steps
 
     def detach(self) -> None:
         """Take the hook off the student."""
@@ -76,6 +89,16 @@ class DistillationLoss:
         if self.weight < 1:
             loss = loss + (1 - self.weight) * functional.nll_loss(ours, targets, reduction="sum")
         return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def check_weights(start: float, end: float) -> None:
+    """Refuse weights out of range.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not (0 <= start <= 1 and 0 <= end <= 1):
+        raise ValueError(f"distill={start} and distill_end={end} must be weights from 0 to 1.")
 
 
 def _log_probs(logits: Tensor, counted: Tensor) -> Tensor:
