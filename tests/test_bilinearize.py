@@ -193,7 +193,7 @@ def test_phi3_s_gate_is_trained_with_what_shares_its_weight(tmp_path):
 @pytest.mark.parametrize("least_squares", [False, True])
 def test_gates_can_be_replaced_at_once(least_squares, tmp_path):
     """The first step's loss is that of the linear gates."""
-    recipe = BilinearizeRecipe(anneal=0.0, least_squares=least_squares)
+    recipe = BilinearizeRecipe(anneal=0.0, least_squares=least_squares, distill=0.0)
     losses, model = Losses(), llama()
     dataset = windows(4)
     convert(
@@ -271,12 +271,17 @@ def test_accumulation_and_checkpointing_change_nothing(tmp_path):
 def test_16_bits_run(dtype, tmp_path):
     """Weights of 16 bits, and of 32 with 16 bits in between."""
     losses, plain = Losses(), Losses()
+    recipe = replace(EVERYTHING, least_squares=False)
     ours = convert(
-        tmp_path / "half", model=llama().to(dtype), args={"bf16": True}, callbacks=[losses]
+        tmp_path / "half",
+        model=llama().to(dtype),
+        recipe=recipe,
+        args={"bf16": True},
+        callbacks=[losses],
     )
     assert {p.dtype for p in ours.parameters()} == {dtype}
     assert "forward" not in vars(ours)  # the Trainer's, which rounds to 16 bits
-    convert(tmp_path / "whole", callbacks=[plain])
+    convert(tmp_path / "whole", recipe=recipe, callbacks=[plain])
     assert losses.rows == pytest.approx(plain.rows, abs=0.05)
     hooked = bl.HookedBilinearTransformer.from_hf(ours.float())
     assert hooked(some_tokens()).isfinite().all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import gated, random_model, some_tokens
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers import default_data_collator as collator
 
 from bilinear_lens.training.annealing import GateAnnealing
@@ -16,8 +16,9 @@ from bilinear_lens.training.gates import is_bilinear
 
 
 def models() -> tuple[Any, Any]:
-    """A student and a teacher with weights of their own."""
-    return random_model(gated("llama"), seed=0), random_model(gated("llama-biases"), seed=1)
+    """A student in training and a teacher, with weights of their own."""
+    student, teacher = random_model(gated("llama")), random_model(gated("llama-biases"), seed=1)
+    return student.train(), teacher
 
 
 def some_labels(tokens: torch.Tensor) -> torch.Tensor:
@@ -111,12 +112,52 @@ def test_the_teacher_reads_what_the_student_reads():
     torch.testing.assert_close(loss(student(tokens), labels), without)
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.5, float("nan")])
+@pytest.mark.parametrize("weight", [-0.5, 1.5, float("nan")])
 def test_a_weight_out_of_range_is_refused(weight):
     student, teacher = models()
     with pytest.raises(ValueError, match=rf"distill={weight}"):
         DistillationLoss(student, teacher, weight=weight)
     assert not student._forward_pre_hooks
+
+
+def test_evaluation_is_of_the_language_model_alone():
+    student, teacher = models()
+    tokens = some_tokens()
+    loss = DistillationLoss(student, teacher, weight=1.0)
+    taught = loss(student(tokens), tokens)
+    student.eval()
+    torch.testing.assert_close(loss(student(tokens), tokens), student(tokens, labels=tokens).loss)
+    assert abs(taught - student(tokens, labels=tokens).loss) > 1e-3
+
+
+def test_the_teacher_computes_in_the_students_precision():
+    student, teacher = models()
+    loss = DistillationLoss(student, teacher, weight=1.0)
+    seen = []
+    teacher.lm_head.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            outputs = student(some_tokens())
+        loss(outputs, some_tokens())
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_the_weight_falls_along_a_straight_line():
+    student, teacher = models()
+    loss = DistillationLoss(student, teacher, weight=0.8, end=0.2)
+    weights = []
+    for step in (0, 1, 2, 3):
+        loss.on_step_begin(None, TrainerState(global_step=step, max_steps=3), None)
+        weights.append(loss.weight)
+    assert weights == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    constant = DistillationLoss(student, teacher, weight=0.8)
+    constant.on_step_begin(None, TrainerState(global_step=2, max_steps=3), None)
+    assert constant.weight == 0.8
+
+
+def test_no_weight_is_no_distillation():
+    with pytest.raises(ValueError, match="leave the loss out"):
+        DistillationLoss(*models(), weight=0.0)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():

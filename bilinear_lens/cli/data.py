@@ -19,7 +19,8 @@ def clean(
         list[str],
         typer.Argument(
             help="Files (.txt, documents separated by <|endoftext|>, or .jsonl, plain or .gz, or "
-            ".parquet), or a dataset's name: tinystories, fineweb-edu, owner/name[:configuration]."
+            ".parquet), or a dataset's name: tinystories, fineweb-edu, "
+            "owner/name[:configuration][@split]."
         ),
     ],
     split: Annotated[str, typer.Option(help="The part of a named dataset.")] = "train",

@@ -1,6 +1,5 @@
 """Commands that train: language, vision."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from rich.markup import escape
 
 import bilinear_lens as bl
 from bilinear_lens.models.fitting import FitRecipe
+from bilinear_lens.training.card import shown_command
 from bilinear_lens.training.language import Equal, train_language
 from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.vision import train_vision
@@ -27,7 +27,7 @@ def language(
         typer.Option(
             help="Training text: files (.txt, documents separated by <|endoftext|>, or .jsonl, "
             "plain or .gz, or .parquet; may be repeated), or a dataset's name: tinystories, "
-            "fineweb-edu, owner/name[:configuration]."
+            "fineweb-edu, owner/name[:configuration][@split], such as 'fineweb-edu@train[1000:]'."
         ),
     ],
     held_out: Annotated[
@@ -136,7 +136,7 @@ def language(
         equal=equal,
         resume=resume,
         report_to=report_to,
-        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+        command=shown_command(sys.argv),
         data=data,
     )
     for gate, result in results.items():
@@ -228,7 +228,7 @@ def vision(
         ),
         image_column=image_column,
         label_column=label_column,
-        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+        command=shown_command(sys.argv),
     )
     console.print(f"accuracy on the test split: {accuracy:.4f}")
     console.print(f"Wrote {escape(str(out))}")

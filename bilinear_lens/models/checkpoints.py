@@ -127,6 +127,14 @@ def with_linear_name(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def name_gate_linear(config: PretrainedConfig) -> None:
+    """Make a config say, in place, that its gates are linear."""
+    config = config.get_text_config()
+    for name in ACTIVATION_NAMES:
+        if getattr(config, name, None) is not None or name == "hidden_act":
+            setattr(config, name, "linear")
+
+
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -33,10 +33,10 @@ from transformers import (
 from bilinear_lens.basis import Basis
 from bilinear_lens.models import vocabulary
 from bilinear_lens.models.checkpoints import (
-    ACTIVATION_NAMES,
     BUILT_IN,
     check_new,
     load_checkpoint,
+    name_gate_linear,
     save_checkpoint,
     with_linear_name,
 )
@@ -400,9 +400,7 @@ class HookedBilinearTransformer(TransformerBridge):
         """A Hugging Face model with the current weights, not wrapped."""
         wrapped = self.original_model
         config: PretrainedConfig = copy.deepcopy(wrapped.config)  # pyright: ignore
-        for name in ACTIVATION_NAMES:
-            if getattr(config, name, None) is not None or name == "hidden_act":
-                setattr(config, name, "linear")  # whatever it was: the MLPs are bilinear
+        name_gate_linear(config)  # whatever it was: the MLPs are bilinear
         if self._weights_processed:  # the unembedding took the final norm's gain
             config.tie_word_embeddings = False
         plain = AutoModelForCausalLM.from_config(config).to(wrapped.dtype).eval()

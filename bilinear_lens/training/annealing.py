@@ -25,8 +25,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class GateAnnealing(TrainerCallback):
     """Anneals a model's gates while a Trainer trains it; `fold` then makes a stock model of it.
 
-    Put it into `Trainer(callbacks=[...])` and call `fold()` after `train()`. What it changes by
-    the step is saved with the weights, so that a resumed run goes on where it was.
+    Put it into `Trainer(callbacks=[...])` and call `fold()` after `train()`. Beta is saved with
+    the weights, so that a resumed run goes on where it was.
 
     Args:
         model: a Hugging Face model with gated MLPs; its gates are replaced in place, and at first
@@ -40,7 +40,8 @@ class GateAnnealing(TrainerCallback):
             (with a bias in the gate, another column); see `least_squares_shifts`.
 
     Raises:
-        ValueError: if the model has no gated MLPs, or an option is out of range.
+        ValueError: if the model has no gated MLPs, an option is out of range, or 16-bit weights
+            are to move by steps that they cannot hold.
     """
 
     def __init__(
@@ -59,8 +60,13 @@ class GateAnnealing(TrainerCallback):
         self.schedule = SCHEDULES[schedule]
         self.layer_by_layer = layer_by_layer
         self.shifts = shifts
+        if shifts is not None and share and model.dtype.itemsize < 4:
+            raise ValueError(
+                f"The steps of a least-squares shift vanish in {model.dtype} weights: load the "
+                "model in float32 (bf16=True still computes in bfloat16), or anneal=0."
+            )
         self.mlps = anneal_gates(model, learn_scale=learn_scale)
-        self._owed: list[Tensor | float] = [0.0] * len(self.mlps)
+        self._betas = [1.0] * len(self.mlps)  # known here, so that no step waits for the device
 
     def beta(self, progress: float, layer: int) -> float:
         """Of a layer's gate, after a share `progress` of all steps."""
@@ -73,8 +79,14 @@ class GateAnnealing(TrainerCallback):
         """Refuse what the annealing cannot do.
 
         Raises:
-            ValueError: if gates are to move bit by bit while FSDP has them spread over devices.
+            ValueError: if gates are to move bit by bit while FSDP has them spread over devices, or
+                an earlier checkpoint, whose gates are not linear, may be taken at the end.
         """
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end may take a checkpoint whose gates are not linear yet: "
+                "leave it out."
+            )
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if fsdp and self.shifts is not None and self.share:
             raise ValueError(
@@ -84,6 +96,7 @@ class GateAnnealing(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.check_arguments(args)
+        self._betas = [mlp.annealed.beta.item() for mlp in self.mlps]  # of a resumed run
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.set(state.global_step / state.max_steps)
@@ -95,27 +108,17 @@ class GateAnnealing(TrainerCallback):
     def set(self, progress: float) -> None:
         """Set every gate for a share `progress` of all steps."""
         for layer, mlp in enumerate(self.mlps):
-            gate = mlp.annealed
-            before = gate.beta.item()
-            gate.beta.fill_(self.beta(progress, layer))
-            # as the buffer holds it, so that the steps add up to all of the shift
-            if self.shifts is not None and (fallen := before - gate.beta.item()):
-                self._move(layer, fallen)
-
-    def _move(self, layer: int, fallen: float) -> None:
-        """Move a gate by a part of its shift; what 16 bits cannot hold of that is owed to it."""
-        mlp, shift = self.mlps[layer], self.shifts[layer]  # pyright: ignore[reportOptionalSubscript]
-        dtype = torch.promote_types(mlp.gate.weight.dtype, torch.float32)
-        due = fallen * shift.to(mlp.gate.weight.device, dtype) + self._owed[layer]
-        d_in = mlp.gate.in_features
-        for rows, part in zip(
-            mlp.gate_rows(), (due[:, :d_in], due[:, d_in:].squeeze(1)), strict=False
-        ):
-            before = rows.to(dtype, copy=True)
-            rows.copy_(before + part)
-            part.sub_(rows.to(dtype) - before)
-        if mlp.gate.weight.dtype != dtype:
-            self._owed[layer] = due
+            # rounded as the buffer is, so that a resumed run moves by the same steps
+            beta = torch.tensor(self.beta(progress, layer), dtype=torch.float32).item()
+            fallen, self._betas[layer] = self._betas[layer] - beta, beta
+            if not fallen:
+                continue
+            mlp.annealed.beta.fill_(beta)
+            if self.shifts is not None:
+                shift, d_in = self.shifts[layer].to(mlp.gate.weight), mlp.gate.in_features
+                parts = shift[:, :d_in], shift[:, d_in:].squeeze(1)
+                for rows, part in zip(mlp.gate_rows(), parts, strict=False):
+                    rows.add_(fallen * part)
 
     def fold(self, model: PreTrainedModel | None = None) -> PreTrainedModel:
         """Make the model a stock one with `hidden_act="linear"`, in place.

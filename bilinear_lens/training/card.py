@@ -1,8 +1,10 @@
 """The model card of a trained language model."""
 
 import platform
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -101,6 +103,25 @@ def _comparison(
         "Held-out loss, of models of the same size trained the same way on the same text for the "
         f"same time ({times}, measured before):"
     )
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """A command line as a card shows it: of files and folders the last name alone.
+
+    Args:
+        argv: as in `sys.argv`: the program, whatever its path, and its words.
+    """
+    return shlex.join(["bilinear-lens", *map(_without_folders, argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    try:
+        is_path = path.is_absolute() or path.exists() or path.parent.is_dir()
+    except OSError:  # too long for a path
+        is_path = False
+    return f"{option}{equals}{path.name}" if is_path and path.name else word
 
 
 def device_name(n_processes: int = 1) -> str:

@@ -81,7 +81,7 @@ def clean(documents: Texts, *, lowercase: bool = False) -> tuple[Dataset, Cleani
     The result is in memory. Duplicates are known by 16 bytes a document.
 
     Args:
-        documents: strings, or a dataset or stream with a column "text".
+        documents: strings, or a dataset or stream with a column "text"; None counts as empty.
         lowercase: also put everything in lower case.
 
     Raises:
@@ -95,6 +95,7 @@ def clean(documents: Texts, *, lowercase: bool = False) -> tuple[Dataset, Cleani
         total = len(documents) if isinstance(documents, Dataset) else None
         texts = chain.from_iterable(batches(documents))
         for text in tqdm(texts, total=total, desc="Cleaning", unit=" documents"):
+            text = text or ""  # a dataset may have rows without
             counts["read"] += 1
             counts["bytes_before"] += len(text.encode())
             repaired = repair_characters(text)

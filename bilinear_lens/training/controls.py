@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from bilinear_lens.models.checkpoints import ACTIVATION_NAMES, write_folder
+from bilinear_lens.models.checkpoints import name_gate_linear, write_folder
 from bilinear_lens.training.annealing import GateAnnealing
 from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe, bilinearize
 from bilinear_lens.training.evaluation import Choices, evaluate, multiple_choice
@@ -171,9 +171,7 @@ def study_folder(out: Path, method: str, seed: int) -> Path:
 def scratch(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A bilinear model of the same shape with random weights."""
     config = copy.deepcopy(model.config)
-    for name in ACTIVATION_NAMES:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, "linear")
+    name_gate_linear(config)
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device)
 

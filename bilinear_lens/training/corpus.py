@@ -22,6 +22,9 @@ from bilinear_lens.training.text import (
 TOKENIZER_DOCUMENTS = 100_000
 """Of a stream, which may have no end: a tokenizer is trained on so many."""
 
+TRAIN_ONLY = ("fineweb-edu", "HuggingFaceFW/fineweb")
+"""Datasets without a validation split begin so."""
+
 TextSource = str | Path | Sequence[str | Path] | Dataset | IterableDataset
 """What `load_text` takes."""
 
@@ -74,14 +77,21 @@ def read_corpus(
                 f"The stream has fewer than one window of n_ctx={recipe.n_ctx} tokens. Give more "
                 "text or a smaller n_ctx."
             )
-        # in one pass without an end: a resumed run skips no further than this pass
-        windows = windows.shuffle(seed=recipe.seed, buffer_size=BATCH).repeat(None)
+        windows = endless(windows, seed=recipe.seed)
     return Corpus(
         tok,
         windows,
         pack(held, tok, **shape),
         tokens_per_byte(held, tok),
     )
+
+
+def endless(windows: IterableDataset, *, seed: int) -> IterableDataset:
+    """A stream of windows, shuffled among a thousand, and from the start again where it ends.
+
+    That is one pass without an end: a resumed run skips no further than this pass.
+    """
+    return windows.shuffle(seed=seed, buffer_size=BATCH).repeat(None)
 
 
 def held_out_documents(
@@ -93,18 +103,34 @@ def held_out_documents(
         held_out: None takes the split "validation" of the dataset that `text` names.
 
     Raises:
-        ValueError: as for `load_text`, or if `held_out` is None and `text` is no name.
+        ValueError: as for `load_text`, or if `held_out` is None and `text` is no name, or the name
+            of a dataset without that split.
     """
-    names = [text] if isinstance(text, str | Path) else text
-    if held_out is None and (
-        isinstance(text, Dataset | IterableDataset) or any(Path(str(n)).exists() for n in names)
-    ):
-        raise ValueError(
-            "held_out is missing: give other text for the reported loss. Only the name of a "
-            "dataset may do without, which then gives its own validation split."
+    if held_out is not None:
+        documents = load_text(held_out, split="validation", streaming=streaming)
+    else:
+        names = [text] if isinstance(text, str | Path) else text
+        if isinstance(text, Dataset | IterableDataset) or any(Path(str(n)).exists() for n in names):
+            raise ValueError(
+                "held_out is missing: give other text for the reported loss. Only the name of a "
+                "dataset may do without, which then gives its own validation split."
+            )
+        whole = [str(name).partition("@")[0] for name in names]
+        remedy = (
+            "Give other text for the reported loss (held_out, --held-out), such as a part of it, "
+            f"and train on the rest: --text '{whole[0]}@train[1000:]' "
+            f"--held-out '{whole[0]}@train[:1000]'."
         )
-    source = text if held_out is None else held_out
-    documents = load_text(source, split="validation", streaming=streaming)
+        if whole[0].startswith(TRAIN_ONLY):  # which would be downloaded whole before it is said
+            raise ValueError(
+                f"held_out is missing: {whole[0]} has no validation split, only train. {remedy}"
+            )
+        try:
+            documents = load_text(whole, split="validation", streaming=streaming)
+        except ValueError as error:
+            if "split" not in str(error.__cause__):
+                raise
+            raise ValueError(f"held_out is missing: {error.__cause__} {remedy}") from error
     if isinstance(documents, IterableDataset):
         return in_memory(chain.from_iterable(batches(documents)))
     return documents

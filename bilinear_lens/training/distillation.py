@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback
 
 IGNORED = -100
@@ -64,31 +65,56 @@ class DistillationLoss(TrainerCallback):
         self._inputs = dict(zip(names, args, strict=False)) | {
             name: kwargs[name] for name in names if kwargs.get(name) is not None
         }
+        device = self._inputs["input_ids"].device.type
+        # the Trainer computes the student in mixed precision, and nothing around it
+        self._autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        self._training = module.training
 
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The loss of a batch, in nats per token.
+        """The loss of a batch, in nats per token; in evaluation the language-model loss alone.
 
         Args:
             outputs: the student's, with `logits`, [batch, seq, vocab].
             labels: token ids, [batch, seq]; positions with -100 do not count.
             num_items_in_batch: tokens of all batches that one step accumulates.
         """
-        targets = labels[:, 1:].reshape(-1)
-        counted = targets != IGNORED
-        targets = targets[counted]
-        ours = _log_probs(outputs.logits, counted)
-        with torch.no_grad():
-            teacher = self.teacher.to(outputs.logits.device)  # pyright: ignore[reportArgumentType]
-            training = teacher.training
-            outputs = teacher.eval()(**self._inputs, use_cache=False)
-            teacher.train(training)
-            theirs = _log_probs(outputs.logits, counted)
-        loss = self.weight * functional.kl_div(ours, theirs, reduction="sum", log_target=True)
-        if self.weight < 1:
-            loss = loss + (1 - self.weight) * functional.nll_loss(ours, targets, reduction="sum")
-        return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        targets = labels[:, 1:]
+        weight = self.weight if self._training else 0.0
+        theirs = self._teach(outputs.logits.device) if weight else outputs.logits
+        # one text at a time, computed again on the way back: at most one in float32
+        losses = [
+            checkpoint(_loss, *text, weight, use_reentrant=False)
+            for text in zip(outputs.logits[:, :-1], theirs[:, :-1], targets, strict=True)
+        ]
+        n = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return torch.stack(losses).sum() / n
+
+    @torch.no_grad()
+    def _teach(self, device: torch.device) -> Tensor:
+        """The teacher's logits for what the student has just read."""
+        training = self.teacher.training
+        self.teacher.to(device).eval()  # pyright: ignore[reportArgumentType]
+        with self._autocast:
+            logits = self.teacher(**self._inputs, use_cache=False).logits
+        self.teacher.train(training)
+        return logits
+
+
+def _loss(ours: Tensor, theirs: Tensor, targets: Tensor, weight: float) -> Tensor:
+    """The summed loss of one text, in float32."""
+    log_probs = ours.float().log_softmax(-1)
+    loss = (1 - weight) * functional.nll_loss(
+        log_probs, targets, ignore_index=IGNORED, reduction="sum"
+    )
+    if weight:
+        taught = theirs.float().log_softmax(-1)
+        divergence = functional.kl_div(log_probs, taught, reduction="none", log_target=True)
+        loss = loss + weight * divergence.sum(-1).masked_fill(targets == IGNORED, 0.0).sum()
+    return loss
 
 
 def check_weights(start: float, end: float) -> None:
@@ -99,8 +125,3 @@ def check_weights(start: float, end: float) -> None:
     """
     if not (0 <= start <= 1 and 0 <= end <= 1):
         raise ValueError(f"distill={start} and distill_end={end} must be weights from 0 to 1.")
-
-
-def _log_probs(logits: Tensor, counted: Tensor) -> Tensor:
-    """Of each next token, at the positions that count, in float32."""
-    return logits[:, :-1].flatten(0, 1)[counted].float().log_softmax(-1)

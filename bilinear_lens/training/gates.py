@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN, LinearActivation
 
-from bilinear_lens.models.checkpoints import ACTIVATION_NAMES
+from bilinear_lens.models.checkpoints import ACTIVATION_NAMES, name_gate_linear
 
 RIDGE = 1e-4
 """Of the mean squared input: enough to solve where inputs are collinear, too little to matter."""
@@ -66,16 +66,20 @@ class AnnealedGate(nn.Module):
     """
 
     beta: Tensor
-    scale: nn.Parameter
+    scale: Tensor
 
     def __init__(self, activation: str, d_mlp: int, *, learn_scale: bool) -> None:
         super().__init__()
         self.family = FAMILIES[activation]
-        self.scale = nn.Parameter(torch.ones(d_mlp), requires_grad=learn_scale)
+        # in float32 beside weights of 16 bits, which could not hold its steps
+        if learn_scale:
+            self.scale = nn.Parameter(torch.ones(d_mlp))
+        else:
+            self.register_buffer("scale", torch.ones(d_mlp))
         self.register_buffer("beta", torch.ones(()))  # in checkpoints, so that a run resumes
 
     def forward(self, z: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
-        return self.scale * self.family(z, self.beta)
+        return (self.scale * self.family(z, self.beta)).to(z.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +111,19 @@ class GatedMLP:
 
 def gate_activation(config: PretrainedConfig) -> str | None:
     """The name of the activation in a config's gates, if it names one."""
+    config = config.get_text_config()
     names = [getattr(config, name, None) for name in reversed(ACTIVATION_NAMES)]
     return next((name for name in names if name is not None), None)
 
 
 def is_bilinear(model: PreTrainedModel) -> bool:
-    """Whether the gates of a model are linear, going by its config."""
-    return gate_activation(model.config) in ("linear", "identity")
+    """Whether a model has gated MLPs whose gates are linear.
+
+    Raises:
+        ValueError: if it has no gated MLPs.
+    """
+    gates = [getattr(mlp.module, mlp.activation) for mlp in gated_mlps(model)]
+    return all(isinstance(gate, LinearActivation | nn.Identity) for gate in gates)
 
 
 def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
@@ -158,7 +168,7 @@ def anneal_gates(model: PreTrainedModel, *, learn_scale: bool = False) -> list[G
         )
     for mlp in mlps:
         gate = AnnealedGate(name, mlp.d_mlp, learn_scale=learn_scale)
-        setattr(mlp.module, mlp.activation, gate.to(mlp.gate.weight))
+        setattr(mlp.module, mlp.activation, gate.to(mlp.gate.weight.device))
     return mlps
 
 
@@ -179,9 +189,7 @@ def fold_gates(model: PreTrainedModel, mlps: Iterable[GatedMLP]) -> None:
         for rows in mlp.gate_rows():
             rows.mul_((mlp.annealed.scale / 2).view(-1, *[1] * (rows.ndim - 1)))
         setattr(mlp.module, mlp.activation, LinearActivation())
-    for name in ACTIVATION_NAMES:
-        if getattr(model.config, name, None) is not None:
-            setattr(model.config, name, "linear")
+    name_gate_linear(model.config)
 
 
 @torch.no_grad()
@@ -205,6 +213,7 @@ def least_squares_shifts(
     """
     mlps = gated_mlps(model)
     activation = ACT2FN[gate_activation(model.config)]
+    exact = torch.float32 if model.device.type == "mps" else torch.float64  # mps has no other
     sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(layer: int, mlp: GatedMLP, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -213,7 +222,7 @@ def least_squares_shifts(
         error = activation(z := functional.linear(x, weight, *bias)) - z / 2
         if bias:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        x, error = x.double(), error.double()
+        x, error = x.to(exact), error.to(exact)
         gram, cross = sums.get(layer, (0, 0))
         sums[layer] = gram + x.mT @ x, cross + x.mT @ error
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from shutil import rmtree
 from typing import Literal, get_args
 
 import torch
@@ -24,7 +23,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from bilinear_lens.models.checkpoints import check_new, write_folder
 from bilinear_lens.training.card import LanguageResult, model_card
@@ -34,9 +32,13 @@ from bilinear_lens.training.regularisers import latent_noise
 from bilinear_lens.training.runs import (
     NOTE,
     StopIfNotFinite,
+    check_reporting,
     check_run_folder,
     last_checkpoint,
     note_run,
+    remove_run,
+    text_digest,
+    vocabulary_digest,
 )
 from bilinear_lens.training.timing import TrainingClock, step_seconds, training_seconds
 
@@ -79,7 +81,8 @@ def train_language(
         equal: what compared models are given as much of as this one: tokens, or time, as steps of
             each take it, which is measured first.
         resume: go on from the last whole checkpoint, which must be of the same run.
-        report_to: where the Trainer logs, too: "tensorboard", "wandb" and the like.
+        report_to: where the Trainer logs, too: "tensorboard" (into `<out>.logs`, at the end),
+            "wandb" and the like.
         command: the command line, for the model card.
         data: name, origin and licence of the text, for the model card.
 
@@ -127,12 +130,17 @@ def train_language(
         noted = _counted(_checkpoints(out)).get("step_seconds")
         seconds = noted or _time_steps(recipes, corpus)
     steps = recipe.steps(corpus.n_windows, n_processes=state.num_processes)
+    read = {
+        "windows": text_digest(corpus.windows),
+        "held_out_windows": text_digest(corpus.held_out),
+        "vocabulary": vocabulary_digest(corpus.tokenizer),
+    }
     for each in recipes:
         share = seconds[recipe.activation] / seconds[each] if seconds else 1.0
-        notes[each] |= {"steps": max(1, round(steps * share)), "step_seconds": seconds}
+        notes[each] |= read | {"steps": max(1, round(steps * share)), "step_seconds": seconds}
     if state.is_main_process:
         for each, folder in folders.items():
-            # once more: text that has changed has another number of steps
+            # once more: text may have changed under its name
             check_run_folder(_checkpoints(folder), notes[each], resume=resume)
             note_run(_checkpoints(folder), notes[each])
     state.wait_for_everyone()
@@ -158,7 +166,7 @@ def train_language(
                 models[each].save_pretrained(whole)
                 corpus.tokenizer.save_pretrained(whole)
                 (whole / "README.md").write_text(card, encoding="utf-8")
-            rmtree(_checkpoints(folder))
+            remove_run(_checkpoints(folder), Path(f"{folder}.logs"))
     return results
 
 
@@ -172,11 +180,7 @@ def _check_options(
             "The end of a stream is not known: say on how many tokens to train (--tokens, or the "
             "recipe's tokens)."
         )
-    if report_to != "none" and report_to not in (known := get_available_reporting_integrations()):
-        raise ValueError(
-            f"report_to={report_to!r} is not installed, or is nothing that the Trainer can log to; "
-            f"it can to {', '.join(['none', *known])}."
-        )
+    check_reporting(report_to)
 
 
 def _checkpoints(out: Path) -> Path:
@@ -184,10 +188,11 @@ def _checkpoints(out: Path) -> Path:
 
 
 def _counted(checkpoints: Path) -> dict:
-    """What an unfinished run had measured and counted before it began."""
+    """What an unfinished run had read, measured and counted before it began."""
     note = checkpoints / NOTE
     noted = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-    return {name: noted[name] for name in ("steps", "step_seconds") if name in noted}
+    names = ("windows", "held_out_windows", "vocabulary", "steps", "step_seconds")
+    return {name: noted[name] for name in names if name in noted}
 
 
 def _time_steps(recipes: Mapping[str, LanguageRecipe], corpus: Corpus) -> dict[str, float]:

@@ -5,17 +5,22 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
 from jaxtyping import Int
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -23,12 +28,27 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bilinear_lens.training.text import pack
 
 NOTE = "run.json"
 """In a folder of checkpoints: what run they are of."""
+
+_FINISHED = "finished"
+"""In the note of a run that came to its end."""
+
+_INDIFFERENT = re.compile(
+    "output_dir|run_name|project|trackio_.*|report_to|log_.*|logging_.*|disable_tqdm|debug"
+    "|include_num_input_tokens_seen|skip_memory_metrics|torch_empty_cache_steps"
+    "|save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_.*"
+    "|hub_.*|push_to_hub|do_.*|eval_.*|per_device_eval_batch_size|prediction_loss_only"
+    "|include_for_metrics|batch_eval_metrics|(bf16|fp16)_full_eval"
+    "|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
+    "|dataloader_(multiprocessing_context|in_order)|ddp_(backend|timeout)|local_rank|use_cpu"
+)
+"""Arguments that do not decide what a run makes: where it is, what it says and saves."""
 
 
 class StopIfNotFinite(TrainerCallback):
@@ -41,8 +61,15 @@ class StopIfNotFinite(TrainerCallback):
         if args.fp16:
             return  # its scaler skips such steps
         gradients = [p.grad for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
-        if torch.nn.utils.get_total_norm(gradients).isfinite():
-            return
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            self._stop(args, state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        # a scaler that skips every step never ends by itself
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            self._stop(args, state)
+
+    def _stop(self, args, state) -> NoReturn:
         saved = last_checkpoint(args.output_dir)
         kept = f"The last good checkpoint is {saved}." if saved else "No checkpoint was saved yet."
         raise ValueError(
@@ -70,15 +97,23 @@ def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> N
                 f"{folder} is in use and holds no unfinished run: give a new folder, or remove it."
             )
         return
+    noted = json.loads(note.read_text(encoding="utf-8"))
+    finished = noted.pop(_FINISHED, False)
+    if not resume and finished:
+        last = last_checkpoint(folder)
+        where = f"; its last checkpoint is {last}" if last else ""
+        raise ValueError(
+            f"{folder} holds a run already, which came to its end{where}: go on with it "
+            "(resume=True, --resume), or give another folder."
+        )
     if not resume:
         raise ValueError(
             f"{folder} holds an unfinished run: resume it (resume=True, --resume), or remove that "
             "folder."
         )
-    noted = json.loads(note.read_text(encoding="utf-8"))
     asked = json.loads(json.dumps(run))
-    if noted != asked:
-        differing = [key for key in {**noted, **asked} if noted.get(key) != asked.get(key)]
+    differing = [key for key in {**noted, **asked} if noted.get(key) != asked.get(key)]
+    if differing:
         raise ValueError(
             f"{folder} holds another run: {', '.join(sorted(differing))} differ. Resume with what "
             f"{note} says, or remove that folder."
@@ -91,6 +126,21 @@ def note_run(folder: Path, run: Mapping[str, Any]) -> None:
     write_whole(folder / NOTE, json.dumps(run, indent=1))
 
 
+def note_end(folder: Path) -> None:
+    """Say in a run's note that it came to its end."""
+    note = folder / NOTE
+    noted = json.loads(note.read_text(encoding="utf-8"))
+    write_whole(note, json.dumps({**noted, _FINISHED: True}, indent=1))
+
+
+def remove_run(folder: Path, logs: Path) -> None:
+    """Remove a run's folder, but keep what it wrote for TensorBoard, in a folder `logs`."""
+    for written in folder.glob("runs/*"):
+        logs.mkdir(parents=True, exist_ok=True)
+        shutil.move(written, logs / written.name)
+    shutil.rmtree(folder)
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text file, which others see whole or not at all."""
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -100,9 +150,33 @@ def write_whole(file: Path, text: str) -> None:
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """Where a run goes on: its last whole checkpoint, or None where it has none."""
-    # the Trainer writes its state last: a folder without was cut off
-    whole = [state.parent for state in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    # the Trainer writes its state last: a folder without, or with a part of it, was cut off
+    states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+    whole = [state.parent for state in states if _is_json(state)]
     return max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def check_reporting(report_to: str | Sequence[str]) -> None:
+    """Refuse what the Trainer cannot log to.
+
+    Raises:
+        ValueError: if it is not installed, or not known.
+    """
+    known = get_available_reporting_integrations()
+    for each in [report_to] if isinstance(report_to, str) else report_to:
+        if each not in ("none", "all", *known):
+            raise ValueError(
+                f"report_to={each!r} is not installed, or is nothing that the Trainer can log to; "
+                f"it can to {', '.join(['none', *known])}."
+            )
 
 
 def train(
@@ -125,15 +199,26 @@ def train(
         The model; under FSDP, which spreads it over devices, another one with its whole weights.
 
     Raises:
-        ValueError: if `args.output_dir` holds another run, or one and `resume` is False; or if the
-            loss is not finite.
+        ValueError: if `args.output_dir` holds another run, or one and `resume` is False; if
+            `args.report_to` is not installed, or the text is a stream and `args` do not say how
+            many steps; or if the loss is not finite.
     """
     folder = Path(args.output_dir or "trainer_output")
+    check_reporting(args.report_to or "none")
+    if isinstance(windows, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            "The end of a stream is not known: say in the arguments for how many steps to train "
+            f"(max_steps={args.max_steps})."
+        )
     note = {**note, **text_and_arguments(windows, args)}
     if args.process_index == 0:
         check_run_folder(folder, note, resume=resume)
         note_run(folder, note)
-    use_cache = model.config.use_cache
+    PartialState().wait_for_everyone()
+    # another, since it waits for the device at each step, to hide what StopIfNotFinite must see
+    args = copy.copy(args)
+    args.logging_nan_inf_filter = False
+    had_cache = vars(model.config).get("use_cache")
     own = {name: each for name, each in vars(model).items() if name == "forward"}
     frozen = not all(p.requires_grad for p in model.parameters())
     trainer = Trainer(
@@ -153,17 +238,32 @@ def train(
     if args.gradient_checkpointing and frozen:
         model.disable_input_require_grads()
     if whole is not None:
-        options = StateDictOptions(full_state_dict=True)
         spread: PreTrainedModel = trainer.model_wrapped  # pyright: ignore[reportAssignmentType]
-        whole.load_state_dict(get_model_state_dict(spread, options=options))
-        model = whole
+        model = _gather(spread, whole, args)
     # what the Trainer leaves: no cache, and with 16 bits a forward that rounds to them
-    model.config.use_cache = use_cache
+    if had_cache is None:
+        vars(model.config).pop("use_cache", None)
+    else:
+        model.config.use_cache = had_cache
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
     if whole is None:
         vars(model).update(own)
+    if args.process_index == 0:
+        note_end(folder)
     return model
+
+
+def _gather(
+    spread: PreTrainedModel, whole: PreTrainedModel, args: TrainingArguments
+) -> PreTrainedModel:
+    """Put a spread model's weights into a whole one: a device holds no more than one at a time."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(spread, options=options)  # the main process alone has them
+    for name, weight in whole.state_dict().items():
+        each = weights[name] if args.process_index == 0 else weight
+        weight.copy_(broadcast(each.to(args.device, weight.dtype, copy=True)))  # pyright: ignore[reportArgumentType]
+    return whole
 
 
 def _copy_without_hooks(model: PreTrainedModel) -> PreTrainedModel:
@@ -172,7 +272,10 @@ def _copy_without_hooks(model: PreTrainedModel) -> PreTrainedModel:
 
 def _with_labels(rows: list[dict[str, Any]]) -> dict[str, Any]:
     batch = default_data_collator(rows)
-    return {"labels": batch["input_ids"], **batch}
+    labels = batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return {"labels": labels, **batch}
 
 
 def as_windows(
@@ -188,8 +291,10 @@ def as_windows(
         dataset: as for `bilinearize`.
 
     Raises:
-        ValueError: if there are no windows, or the tokens are not the model's.
+        ValueError: if there are no windows, they are longer than the model's context, or the
+            tokens are not the model's.
     """
+    config = model.config.get_text_config()
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if "input_ids" in columns:
         windows = dataset.with_format("torch")
@@ -199,25 +304,39 @@ def as_windows(
             "documents (text) and the model's tokenizer."
         )
     else:
-        windows = pack(dataset, tokenizer, n_ctx=n_ctx, vocab_size=model.config.vocab_size)
+        _check_length(n_ctx, config)
+        windows = pack(dataset, tokenizer, n_ctx=n_ctx, vocab_size=config.vocab_size)
     some = first_windows(windows, 4)
-    if int(some.max()) >= model.config.vocab_size:
+    _check_length(some.shape[1], config)
+    if int(some.max()) >= config.vocab_size:
         raise ValueError(
             f"The windows hold token {int(some.max())}; the model has "
-            f"{model.config.vocab_size}: its tokenizer is another."
+            f"{config.vocab_size}: its tokenizer is another."
         )
+    names = ("input_ids", "attention_mask")
+    rows = [{name: row[name] for name in names if name in row} for row in windows.take(4)]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    batch = {name: each.to(model.device) for name, each in _with_labels(rows).items()}
     training = model.training
     with torch.no_grad():
-        loss = float(model.eval()(some.to(model.device), labels=some.to(model.device)).loss)
+        loss = float(model.eval()(**batch).loss)
     model.train(training)
     if math.isnan(loss):
         raise ValueError("On the text the model has a loss of NaN: its weights are not finite.")
-    if loss > math.log(model.config.vocab_size) + 1:
+    if loss > math.log(config.vocab_size) + 1:
         raise ValueError(
             f"On the text the model has a loss of {loss:.2f} nats per token, worse than a guess "
-            f"({math.log(model.config.vocab_size):.2f}): the tokenizer is not the model's."
+            f"({math.log(config.vocab_size):.2f}): the tokenizer is not the model's."
         )
     return windows
+
+
+def _check_length(n_ctx: int, config: PreTrainedConfig) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and n_ctx > longest:
+        raise ValueError(
+            f"Windows of n_ctx={n_ctx} tokens are longer than the model's context, "
+            f"max_position_embeddings={longest}: give a smaller n_ctx."
+        )
 
 
 def first_windows(windows: Dataset | IterableDataset, n: int) -> Int[Tensor, "n n_ctx"]:
@@ -243,6 +362,11 @@ def weights_digest(model: PreTrainedModel) -> str:
     return tensors_digest(weight for _, weight in sorted(model.state_dict().items()))
 
 
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A SHA-256 of a tokenizer's tokens and their numbers."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """A SHA-256 of what tensors hold."""
     digest = hashlib.sha256()
@@ -251,23 +375,40 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def text_digest(windows: Dataset | IterableDataset) -> str:
+    """A SHA-256 of some windows: 8 each from the beginning, middle and end, or a stream's first.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    names = ("input_ids", "labels", "attention_mask")
+    windows = windows.with_format("torch")
+    if isinstance(windows, Dataset):
+        n = len(windows)
+        starts = (0, max(0, n // 2 - 4), max(0, n - 8))
+        chosen = sorted({i for start in starts for i in range(start, min(n, start + 8))})
+        rows = list(windows.select(chosen))
+    else:
+        rows = list(windows.take(8))
+    if not rows:
+        raise ValueError("The text has no window: give more, or a smaller n_ctx.")
+    return tensors_digest(row[name] for row in rows for name in names if name in row)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def text_and_arguments(
     windows: Dataset | IterableDataset, args: TrainingArguments
 ) -> dict[str, Any]:
-    """What decides a run, beside the model: the first windows of its text, and the arguments."""
-    names = (
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_grad_norm",
-        "seed",
-        "bf16",
-    )
-    decisive = {name: getattr(args, name) for name in names}
-    length = {"windows": len(windows)} if isinstance(windows, Dataset) else {}
-    return {**decisive, **length, "text": tensors_digest([first_windows(windows, 8)])}
+    """What decides a run, beside the model: some of its text, and the arguments, as JSON has them.
+
+    Left out of the arguments is what a run says, saves and evaluates, and where.
+    """
+    decisive = {
+        name: value for name, value in args.to_dict().items() if not _INDIFFERENT.fullmatch(name)
+    }
+    if isinstance(windows, Dataset):
+        length = {"windows": len(windows)}
+    else:  # the workers share a stream out
+        length = {"dataloader_num_workers": args.dataloader_num_workers}
+    text = {**length, "text": text_digest(windows)}
+    note = {**decisive, "world_size": args.world_size, **text}
+    return json.loads(json.dumps(note, default=str))

@@ -1,6 +1,7 @@
 """Text for language models: read documents, train a tokenizer on them, pack them into windows."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -33,6 +34,8 @@ _TABLES = {".parquet": "parquet"} | dict.fromkeys(
 """The reader in `datasets`, by a file's ending; other files are plain text."""
 _FEATURES = Features({"text": Value("string")})
 
+_SOME_ROWS = re.compile(r"(?P<split>\w+)\[(?P<start>\d*):(?P<end>\d*)\]")
+
 Texts = Iterable[str] | Dataset | IterableDataset
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset, Dataset | IterableDataset)
 
@@ -63,8 +66,9 @@ def load_text(
         source: one or several files: text in UTF-8, plain or .gz, with `<|endoftext|>` between
             documents, or .json, .jsonl (plain or .gz) or .parquet with a column "text"; or the
             name of a dataset, for which alone the network is used: "tinystories", "fineweb-edu"
-            (its sample of 10 billion tokens), "owner/name" or "owner/name:configuration"; or a
-            dataset with a column "text", whose rows stay as they are.
+            (its sample of 10 billion tokens), "owner/name" or "owner/name:configuration", each
+            with "@split" or some of its rows, "@train[1000:]" or "@train[:1000]", if not those
+            of `split`; or a dataset with a column "text", whose rows stay as they are.
         split: the part of a named dataset; files and datasets are taken whole, whatever it says.
         streaming: read documents when they are asked for. Files are otherwise read into memory,
             and named datasets to disk.
@@ -119,6 +123,7 @@ def _is_name(source: str | Path) -> bool:
     """Whether it names a dataset; files come first, and a mistyped file is no dataset."""
     if isinstance(source, Path) or Path(source).is_file():
         return False
+    source = source.partition("@")[0]
     name = source.partition(":")[0]
     ending = (*_TABLES, ".txt", ".gz")
     is_path = name.startswith((".", "/", "~")) or name.endswith(ending) or Path(source).exists()
@@ -126,11 +131,21 @@ def _is_name(source: str | Path) -> bool:
 
 
 def _from_hub(source: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    source, _, own = source.partition("@")
+    split = own or split
     name, _, configuration = HUB_NAMES.get(source, source).partition(":")
+    # of streams the library gives no rows by number
+    rows = _SOME_ROWS.fullmatch(split) if streaming else None
+    asked = rows["split"] if rows else split
     try:
         dataset = _text_column(
-            load_dataset(name, configuration or None, split=split, streaming=streaming)  # pyright: ignore[reportArgumentType]
+            load_dataset(name, configuration or None, split=asked, streaming=streaming)  # pyright: ignore[reportArgumentType]
         )
+        if rows:
+            start = int(rows["start"] or 0)
+            dataset = dataset.skip(start)
+            if rows["end"]:
+                dataset = dataset.take(max(0, int(rows["end"]) - start))
     except Exception as error:  # the library raises a dozen kinds
         reason = str(error).rstrip(".")
         raise ValueError(
