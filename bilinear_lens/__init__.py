@@ -4,7 +4,7 @@
 """
 
 from bilinear_lens.models.transformer import HookedBilinearTransformer
-from bilinear_lens.models.checkpoints import held_out_stories
+from bilinear_lens.models.checkpoints import held_out_stories, load_checkpoint
 from bilinear_lens.analysis.interactions import InteractionTable, interactions
 from bilinear_lens.analysis.ablation import (
     ablate_eigenvectors,
@@ -23,7 +23,10 @@ from bilinear_lens.training.bilinearize import (
     bilinearize,
     recommended_arguments,
 )
-from bilinear_lens.training.controls import conversion_study, summarize_conversion
+from bilinear_lens.training.bilinearized import bilinearize_checkpoint
+from bilinear_lens.training.controls import bilinearize_study, summarize_study
+from bilinear_lens.training.language import train_language
+from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.annealing import GateAnnealing
 from bilinear_lens.training.distillation import DistillationLoss
 from bilinear_lens.models.hub import push_to_hub
@@ -41,6 +44,7 @@ from bilinear_lens.basis import Basis
 
 __all__ = [
     "HookedBilinearTransformer",
+    "load_checkpoint",
     "held_out_stories",
     "interactions",
     "InteractionTable",
@@ -58,11 +62,14 @@ __all__ = [
     "load_text",
     "bilinearize",
     "BilinearizeRecipe",
+    "bilinearize_checkpoint",
     "recommended_arguments",
-    "conversion_study",
-    "summarize_conversion",
+    "bilinearize_study",
+    "summarize_study",
     "GateAnnealing",
     "DistillationLoss",
+    "train_language",
+    "LanguageRecipe",
     "push_to_hub",
     "HookedBilinearClassifier",
     "ClassifierConfig",

@@ -102,7 +102,7 @@ class Conversion:
         tokenizer = AutoTokenizer.from_pretrained(folder[self.model])
         held_out = bl.load_text(data / "tinystories/heldout.txt.gz")
         out = models / f"{self.study} {self.model} {self.label} {self.steps}".replace(" ", "_")
-        table = bl.conversion_study(
+        table = bl.bilinearize_study(
             AutoModelForCausalLM.from_pretrained(folder[self.model], dtype=torch.float32),
             bl.load_text(data / "tinystories/train.txt.gz"),
             held_out,

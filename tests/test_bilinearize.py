@@ -195,13 +195,13 @@ def test_gates_can_be_replaced_at_once(least_squares, tmp_path):
     """The first step's loss is that of the linear gates."""
     recipe = BilinearizeRecipe(anneal=0.0, least_squares=least_squares, distill=0.0)
     losses, model = Losses(), llama()
-    dataset = windows(4)
+    dataset = windows(8)
     convert(
         tmp_path / "run",
         dataset,
         model=model,
         recipe=recipe,
-        args={"max_steps": 2},
+        args={"max_steps": 2, "per_device_train_batch_size": 8},
         callbacks=[losses],
     )
     tokens = dataset.with_format("torch")[:]["input_ids"]
@@ -490,17 +490,18 @@ def test_recipes_out_of_range_are_refused():
 def test_data_that_cannot_be_trained_on_is_refused(tokenizer, bigrams, tmp_path, monkeypatch):
     text = Dataset.from_dict({"text": bl.held_out_stories()[30:33]})
     other = text.rename_column("text", "story")
-    given: dict[str, Any] = {"model": bigrams, "tokenizer": tokenizer}
+    given: dict[str, Any] = {"model": bigrams, "tokenizer": tokenizer, "n_ctx": 16}
     folder = tmp_path / "run"
     assert "columns ['story']" in fault(folder, other)
     assert "only ['story']" in fault(folder, other, **given)
     assert "columns ['text']" in fault(folder, text)
     assert "only ['story']" in fault(folder, other.to_iterable_dataset(), **given)
     assert "no window" in fault(folder, Dataset.from_dict({"input_ids": []}))
-    assert "one window of n_ctx=5000" in fault(folder, text, n_ctx=5000, **given)
+    short = Dataset.from_dict({"text": ["A cat."]})
+    assert "one window of n_ctx=16" in fault(folder, short, **given)
+    assert "max_position_embeddings=32" in fault(folder, text, **{**given, "n_ctx": 5000})
     assert "one window" in fault(folder, Dataset.from_dict({"text": [""]}), **given)
-    stream = text.to_iterable_dataset()
-    assert "no window" in fault(folder, stream, n_ctx=5000, **given)
+    assert "no window" in fault(folder, short.to_iterable_dataset(), **given)
     assert "have 1 tokens" in fault(folder, windows(length=1))
     uneven = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]]})
     assert "have 2, 3 tokens" in fault(folder, uneven)

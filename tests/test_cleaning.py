@@ -106,6 +106,14 @@ def test_lower_case_is_asked_for():
     assert clean(["A “Cat” É."], lowercase=True)[0]["text"] == ['a "cat" é.']
 
 
+def test_rows_without_text_are_empty():
+    dataset = Dataset.from_dict({"text": ["a", None, "b"]})
+    for documents in (dataset, dataset.to_iterable_dataset()):
+        cleaned, counts = clean(documents)
+        assert cleaned["text"] == ["a", "b"]
+        assert (counts.read, counts.empty, counts.bytes_before) == (3, 1, 2)
+
+
 def test_nothing_left_is_an_error():
     with pytest.raises(ValueError, match="None of 2 documents has a letter"):
         clean(["...", " "])

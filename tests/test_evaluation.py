@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Training
 import bilinear_lens as bl
 from bilinear_lens.training import controls
 from bilinear_lens.training.bilinearize import BilinearizeRecipe
-from bilinear_lens.training.controls import conversion_study, scratch, summarize_conversion
+from bilinear_lens.training.controls import bilinearize_study, scratch, summarize_study
 from bilinear_lens.training.evaluation import (
     Choices,
     continuation_choices,
@@ -212,7 +212,7 @@ def study(out: str | Path, *, args: Any = None, **changes: Any) -> pd.DataFrame:
         "recipe": RECIPE,
         "eval_windows": 5,
     }
-    return conversion_study(**(options | changes))
+    return bilinearize_study(**(options | changes))
 
 
 FIGURES = ["loss", "kl", "agreement", "multiple_choice"]
@@ -319,7 +319,7 @@ def test_a_study_is_summed_up_by_seed():
                     "agreement": 0.5,
                 }
             )
-    summary = summarize_conversion(pd.DataFrame(rows))
+    summary = summarize_study(pd.DataFrame(rows))
     assert list(summary.index) == ["original", *losses]
     ours = summary.loc["bilinearized"]
     assert ours["loss"] == pytest.approx(2.3) and ours["kl"] == pytest.approx(0.1)
@@ -330,10 +330,10 @@ def test_a_study_is_summed_up_by_seed():
     assert summary.loc["continued", "cost"] == 0 and summary.loc["continued", "cost_error"] == 0
     assert summary.loc["original", "loss"] == 2.2
 
-    one = summarize_conversion(pd.DataFrame(rows[:3]))
+    one = summarize_study(pd.DataFrame(rows[:3]))
     assert one.loc["bilinearized", "cost"] == pytest.approx(0.5)
     assert math.isnan(one.loc["bilinearized", "cost_error"])  # pyright: ignore[reportArgumentType]
-    alone = summarize_conversion(pd.DataFrame(rows[:2]))
+    alone = summarize_study(pd.DataFrame(rows[:2]))
     assert alone.loc["bilinearized", "loss"] == 2.5
     assert math.isnan(alone.loc["bilinearized", "cost"])  # pyright: ignore[reportArgumentType]
 

@@ -130,6 +130,35 @@ def test_names_are_asked_of_the_hub(monkeypatch, source, asked, streaming):
     assert list(loaded) == [{"text": "a"}, {"text": "b"}]
 
 
+@pytest.mark.parametrize(
+    ("part", "streamed", "kept"),
+    [
+        ("test", "test", "abcde"),
+        ("train[2:]", "train", "cde"),
+        ("train[:3]", "train", "abc"),
+        ("train[1:3]", "train", "bc"),
+    ],
+)
+def test_names_may_say_which_rows(monkeypatch, part, streamed, kept):
+    asked: list[tuple] = []
+
+    def load_dataset(name, configuration, *, split, streaming):
+        asked.append((name, configuration, split))
+        rows = Dataset.from_dict({"text": list("abcde")})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(text, "load_dataset", load_dataset)
+    load_text(f"fineweb-edu@{part}", split="validation")
+    stream = load_text(f"owner/name:en@{part}", split="validation", streaming=True)
+    assert list(stream) == [
+        {"text": each} for each in kept
+    ]  # the library gives a stream's rows whole
+    assert asked == [
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT", part),
+        ("owner/name", "en", streamed),
+    ]
+
+
 def test_a_name_that_is_a_file_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(text, "load_dataset", lambda *args, **options: pytest.fail("was asked"))

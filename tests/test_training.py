@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,20 +16,35 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from models import CONFIGS, SIZES, random_model, some_tokens
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPTNeoXConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import bilinear_lens as bl
 from bilinear_lens.models.checkpoints import built_in
 from bilinear_lens.training import language
 from bilinear_lens.training import text as text_module
-from bilinear_lens.training.corpus import read_corpus
+from bilinear_lens.training.card import shown_command
+from bilinear_lens.training.corpus import endless, read_corpus
 from bilinear_lens.training.language import train_language
 from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.regularisers import latent_noise
-from bilinear_lens.training.runs import last_checkpoint
+from bilinear_lens.training.runs import (
+    as_windows,
+    last_checkpoint,
+    remove_run,
+    text_and_arguments,
+    train,
+)
 from bilinear_lens.training.text import load_text, pack, train_tokenizer
 from bilinear_lens.training.timing import step_seconds
 
@@ -62,7 +78,7 @@ def whole(texts, tmp_path_factory):
     """A bilinear and a SwiGLU model, with their checkpoints, and what was said of them."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language, "rmtree", lambda folder: None)
+        patch.setattr(language, "remove_run", lambda folder, logs: None)
         results = train_language(
             folder / "model", recipe=RECIPE, compare=["silu"], command="run me", **texts
         )
@@ -158,7 +174,7 @@ def test_the_reported_loss_is_that_of_the_saved_model(whole, texts):
 
 def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path, monkeypatch):
     """Its newest checkpoint was being written, and is passed over."""
-    monkeypatch.setattr(language, "rmtree", lambda folder: None)
+    monkeypatch.setattr(language, "remove_run", lambda folder, logs: None)
     options: dict[str, Any] = {"recipe": RECIPE, **texts}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(language, "Trainer", Interrupted)
@@ -167,9 +183,14 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path
     checkpoints = tmp_path / "cut.checkpoints"
     last = last_checkpoint(checkpoints)
     assert last is not None
-    newest = shutil.copytree(last, checkpoints / f"checkpoint-{int(last.name.split('-')[1]) + 24}")
+    for later in (24, 48):
+        name = f"checkpoint-{int(last.name.split('-')[1]) + later}"
+        newest = shutil.copytree(last, checkpoints / name)
+        (newest / "model.safetensors").write_bytes(b"cut off")
+        state = (newest / "trainer_state.json").read_text()
+        (newest / "trainer_state.json").write_text(state[: len(state) // 2])
     (newest / "trainer_state.json").unlink()
-    (newest / "model.safetensors").write_bytes(b"cut off")
+    assert last_checkpoint(checkpoints) == last
     with pytest.raises(ValueError, match="resume"):
         train_language(tmp_path / "cut", **options)
     other = dict(options, recipe=replace(RECIPE, seed=1))
@@ -177,10 +198,31 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path
         train_language(tmp_path / "cut", resume=True, **other)
     (tmp_path / "train.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:20]))
     changed = dict(options, text=[tmp_path / "train.txt"])
-    with pytest.raises(ValueError, match="another run: steps differ"):
+    with pytest.raises(ValueError, match="another run: held_out_windows, steps, vocab"):
+        train_language(tmp_path / "cut", resume=True, **changed)
+    (file,) = texts["text"]
+    stories = file.read_text()
+    (tmp_path / "train.txt").write_text(stories[:-40] + stories[-40:].upper())
+    with pytest.raises(ValueError, match=r"another run: .*\bwindows differ"):
         train_language(tmp_path / "cut", resume=True, **changed)
     train_language(tmp_path / "cut", resume=True, **options)
     assert_same_run(tmp_path / "cut", whole[0] / "model")
+
+
+def test_a_run_of_so_many_tokens_resumes_with_its_own_text_alone(texts, tmp_path, monkeypatch):
+    """Other text under the same name, with the same number of steps."""
+    (tmp_path / "a").mkdir()
+    file = tmp_path / "a" / "train.txt"
+    stories = bl.held_out_stories()
+    file.write_text("<|endoftext|>".join(stories[:30]))
+    options: dict[str, Any] = {"text": file, "held_out": texts["held_out"], "recipe": SHORT}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(language, "Trainer", Interrupted)
+        train_language(tmp_path / "cut", **options)
+    for other in (stories[50:80], stories[29::-1]):
+        file.write_text("<|endoftext|>".join(other))
+        with pytest.raises(ValueError, match=r"another run: .*\bwindows differ"):
+            train_language(tmp_path / "cut", resume=True, **options)
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_model(whole, texts, tmp_path, monkeypatch):
@@ -195,7 +237,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_model(whole, texts, tmp_path,
         time.sleep(0.005)
     child.kill()
     assert child.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    monkeypatch.setattr(language, "rmtree", lambda folder: None)
+    monkeypatch.setattr(language, "remove_run", lambda folder, logs: None)
     train_language(tmp_path / "killed", recipe=RECIPE, resume=True, **texts)
     assert_same_run(tmp_path / "killed", whole[0] / "model")
 
@@ -234,7 +276,7 @@ def test_a_stream_is_read_while_training_and_resumes(texts, tmp_path, monkeypatc
     }
     n_tokens = 40 * 8 * 32
     assert SHORT.tokens == n_tokens > 2 * len(tokenizer(few)["input_ids"])
-    monkeypatch.setattr(language, "rmtree", lambda folder: None)
+    monkeypatch.setattr(language, "remove_run", lambda folder, logs: None)
     results = train_language(tmp_path / "whole", **options)
     assert (results["linear"].steps, results["linear"].tokens) == (20, n_tokens)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -298,7 +340,11 @@ def test_a_dataset_s_name_brings_its_own_held_out_text(monkeypatch, streaming):
 
     def load_dataset(name, configuration, *, split, streaming):
         assert (name, configuration) == ("owner/name", None)
-        rows = Dataset.from_dict({"text": stories[split]})
+        part, _, rows = split.partition("[")
+        start, _, end = rows.strip("]").partition(":")
+        assert not (streaming and rows)  # as the library has it
+        chosen = slice(int(start or 0), int(end) if end else None)
+        rows = Dataset.from_dict({"text": stories[part][chosen]})
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(text_module, "load_dataset", load_dataset)
@@ -306,8 +352,44 @@ def test_a_dataset_s_name_brings_its_own_held_out_text(monkeypatch, streaming):
     assert (corpus.n_windows is None) == streaming
     expected = pack(text_module.in_memory(stories["validation"]), corpus.tokenizer, n_ctx=32)
     assert corpus.held_out[:]["input_ids"].equal(expected[:]["input_ids"])
+    parts = read_corpus(
+        "owner/name@train[5:]", "owner/name@train[:5]", None, RECIPE, streaming=streaming
+    )
+    held = pack(text_module.in_memory(stories["train"][:5]), parts.tokenizer, n_ctx=32)
+    assert parts.held_out[:]["input_ids"].equal(held[:]["input_ids"])
+    again = read_corpus("owner/name@train[5:]", None, None, RECIPE, streaming=streaming)
+    assert again.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
+    expected = pack(text_module.in_memory(stories["validation"]), again.tokenizer, n_ctx=32)
+    assert again.held_out[:]["input_ids"].equal(expected[:]["input_ids"])
     with pytest.raises(ValueError, match="held_out is missing"):
         read_corpus(Dataset.from_dict({"text": ["a"]}), None, None, RECIPE, streaming=False)
+
+
+@pytest.mark.parametrize("name", ["fineweb-edu", "HuggingFaceFW/fineweb-edu:CC-MAIN-2024-10"])
+def test_a_dataset_without_a_validation_split_is_named_with_a_remedy(monkeypatch, name):
+    """Before it is downloaded, where that is known."""
+    monkeypatch.setattr(text_module, "load_dataset", lambda *args, **_: pytest.fail("was asked"))
+    with pytest.raises(ValueError, match=r"missing: .* has no validation split") as caught:
+        read_corpus(name, None, None, RECIPE, streaming=True)
+    assert f"--text '{name}@train[1000:]' --held-out '{name}@train[:1000]'" in str(caught.value)
+
+    def load_dataset(*args, **options):
+        raise ValueError("Unknown split \"validation\". Should be one of ['train'].")
+
+    monkeypatch.setattr(text_module, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"held_out is missing: Unknown split.*owner/name@train\["):
+        read_corpus("owner/name", None, None, RECIPE, streaming=False)
+
+
+def test_an_endless_stream_is_shuffled_and_begins_again():
+    numbers = [row["n"] for row in endless(stream_of(7), seed=1).take(21)]
+    assert sorted(numbers) == sorted([*range(7)] * 3) and numbers != [*range(7)] * 3
+    assert numbers == [row["n"] for row in endless(stream_of(7), seed=1).take(21)]
+    assert numbers != [row["n"] for row in endless(stream_of(7), seed=2).take(21)]
+
+
+def stream_of(n: int) -> IterableDataset:
+    return Dataset.from_dict({"n": list(range(n))}).to_iterable_dataset()
 
 
 def test_bad_input_is_named_before_any_work(texts, tmp_path, monkeypatch):
@@ -427,6 +509,226 @@ def test_latent_noise_leaves_no_trace_of_an_error_and_refuses_what_it_cannot_do(
     other = AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES))
     with pytest.raises(ValueError, match="GPTNeoXForCausalLM has 3"), latent_noise(other, 0.1):
         pass
+
+
+def rows(n: int = 40, **columns: Any) -> Dataset:
+    """Windows of tokens, each another."""
+    numbers = torch.randint(1, 36, (n, 6), generator=torch.Generator().manual_seed(3))
+    return Dataset.from_dict({"input_ids": numbers.tolist(), **columns})
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings = {"max_steps": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return TrainingArguments(
+        str(folder), **{"save_steps": 1, "logging_steps": 1, **settings, **changes}
+    )
+
+
+def run(folder: Path, dataset: Any = None, *, args: Any = None, **options: Any) -> Any:
+    model = random_model(CONFIGS["llama"])
+    windows = (rows() if dataset is None else dataset).with_format("torch")
+    return train(model, windows, args=arguments(folder, **(args or {})), note={}, **options)
+
+
+def changed(dataset: Dataset, row: int, column: str) -> Dataset:
+    columns = dataset.to_dict()
+    columns[column][row] = columns[column][row][::-1]  # pyright: ignore[reportIndexIssue]
+    return Dataset.from_dict(columns)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_note_has_everything_that_decides_a_run(tmp_path, monkeypatch):
+    plain = text_and_arguments(rows(), arguments(tmp_path))
+    assert json.loads(json.dumps(plain)) == plain
+
+    def differing(dataset: Any = None, **changes: Any) -> set[str]:
+        other = text_and_arguments(dataset or rows(), arguments(tmp_path, **changes))
+        return {name for name in {**plain, **other} if plain.get(name) != other.get(name)}
+
+    decisive = {
+        "adam_beta2": 0.9,
+        "optim": "sgd",
+        "data_seed": 1,
+        "neftune_noise_alpha": 5.0,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "dataloader_drop_last": True,
+        "bf16": True,
+    }
+    for name, value in decisive.items():
+        assert differing(**{name: value}) == {name}
+    indifferent = {
+        "output_dir": str(tmp_path / "other"),
+        "run_name": "other",
+        "save_steps": 7,
+        "save_total_limit": 1,
+        "logging_steps": 7,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "dataloader_num_workers": 1,
+        "disable_tqdm": False,
+    }
+    there = text_and_arguments(
+        rows(),
+        TrainingArguments(**{**arguments(tmp_path).to_dict(), **indifferent, "hub_token": None}),
+    )
+    assert there == plain
+
+    labelled = rows(labels=rows()["input_ids"][:])
+    for row in (0, 7, 16, 23, 32, 39):
+        assert differing(changed(rows(), row, "input_ids")) == {"text"}
+        one, other = (
+            text_and_arguments(each, arguments(tmp_path))
+            for each in (labelled, changed(labelled, row, "labels"))
+        )
+        assert {name for name in one if one[name] != other[name]} == {"text"}
+    stream = changed(rows(), 7, "input_ids").to_iterable_dataset()
+    assert text_and_arguments(stream, arguments(tmp_path))["text"] != plain["text"]
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert differing() == {"world_size"}
+
+
+def test_arguments_that_a_run_has_used_decide_the_same_run(tmp_path):
+    args = arguments(tmp_path / "run", gradient_checkpointing=True, bf16=True)
+    model, windows = random_model(CONFIGS["llama"]), rows().with_format("torch")
+    before = text_and_arguments(windows, args)
+    train(model, windows, args=args, note={})
+    assert text_and_arguments(windows, args) == before
+    assert args.logging_nan_inf_filter
+
+
+def test_a_run_that_is_done_says_so_and_where(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", callbacks=[Stop()])
+    with pytest.raises(ValueError, match="holds an unfinished run: resume it"):
+        run(tmp_path / "run")
+    run(tmp_path / "run", resume=True)
+    with pytest.raises(
+        ValueError, match=r"came to its end.*/checkpoint-3: .*resume=True"
+    ) as caught:
+        run(tmp_path / "run")
+    assert "unfinished" not in str(caught.value)
+    with pytest.raises(ValueError, match="another run: seed differ"):
+        run(tmp_path / "run", resume=True, args={"seed": 3})
+    again = run(tmp_path / "run", resume=True)
+    whole = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
+    assert all(weight.equal(again.state_dict()[name]) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "float32"])
+def test_a_logged_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, precision):
+    """Though a scaler skips the steps, and the arguments ask to hide such losses."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs["logits"].sum() * math.nan
+
+    class Half(TrainerCallback):
+        """A device that can run with fp16, as a CPU cannot."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            args.fp16 = precision == "fp16"
+
+    args = {"bf16": precision == "bf16"}
+    with pytest.raises(ValueError, match=r"not finite after \d steps"):
+        run(tmp_path / "run", args=args, callbacks=[Half()], loss=loss)
+
+
+def test_pads_are_not_learned(tmp_path):
+    """Rows with a mask and without labels are those with the pads' labels masked."""
+    mask = [[1] * 4 + [0] * 2] * 40
+    labels = [row[:4] + [-100] * 2 for row in rows()["input_ids"][:]]
+    asked = run(tmp_path / "asked", rows(attention_mask=mask, labels=labels)).state_dict()
+    ours = run(tmp_path / "mask", rows(attention_mask=mask)).state_dict()
+    assert all(weight.equal(ours[name]) for name, weight in asked.items())
+    other = run(tmp_path / "none").state_dict()
+    assert not all(weight.equal(other[name]) for name, weight in asked.items())
+
+
+def test_logs_outlive_the_folder_of_a_run(tmp_path):
+    for number in range(2):
+        written = tmp_path / "run" / "runs" / f"{number}" / "events"
+        written.parent.mkdir(parents=True)
+        written.write_text(f"{number}")
+        remove_run(tmp_path / "run", tmp_path / "run.logs")
+        assert not (tmp_path / "run").exists()
+    assert [(tmp_path / "run.logs" / f"{n}" / "events").read_text() for n in range(2)] == ["0", "1"]
+    (tmp_path / "run").mkdir()
+    remove_run(tmp_path / "run", tmp_path / "no.logs")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.logs"]
+
+
+def test_a_language_model_s_logs_are_kept(texts, tmp_path, monkeypatch):
+    class Logging(language.Trainer):
+        def train(self, *args, **kwargs):
+            log = Path(str(self.args.output_dir)) / "runs" / "today" / "events"
+            log.parent.mkdir(parents=True)
+            log.write_text("a curve")
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(language, "Trainer", Logging)
+    train_language(tmp_path / "model", recipe=replace(SHORT, tokens=2 * 8 * 32), **texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.logs"]
+    assert (tmp_path / "model.logs" / "today" / "events").read_text() == "a curve"
+
+
+def test_a_run_that_cannot_begin_leaves_no_note(tmp_path):
+    stream = rows().to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"end of a stream is not known.*max_steps=-1"):
+        run(tmp_path / "run", stream, args={"max_steps": -1, "num_train_epochs": 2})
+    with pytest.raises(ValueError, match="report_to='paper' is not installed"):
+        run(tmp_path / "run", args={"report_to": "paper"})
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", stream)
+
+
+def test_windows_longer_than_the_model_s_context_are_refused():
+    model = random_model(CONFIGS["llama"])
+    longest = model.config.max_position_embeddings
+    tokenizer = train_tokenizer(bl.held_out_stories()[:3], vocab_size=300, n_ctx=8)
+    documents = text_module.in_memory(bl.held_out_stories()[:30])
+    fault = rf"n_ctx={longest + 1} tokens.*max_position_embeddings={longest}:"
+    with pytest.raises(ValueError, match=fault):
+        as_windows(documents, tokenizer, model=model, n_ctx=longest + 1)
+    ids = [[1] * (longest + 1)]
+    with pytest.raises(ValueError, match=fault):
+        as_windows(Dataset.from_dict({"input_ids": ids}), None, model=model, n_ctx=5)
+    fits = Dataset.from_dict({"input_ids": [[1] * longest]})
+    assert len(as_windows(fits, None, model=model, n_ctx=5)) == 1  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_whose_config_holds_that_of_its_text_is_trained(tmp_path):
+    text = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {"hidden_size": 8, "intermediate_size": 9, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(
+        text_config=text | heads | {"max_position_embeddings": 7, "pad_token_id": 0},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    assert not hasattr(config, "vocab_size")
+    windows = as_windows(rows(4), None, model=model, n_ctx=6)
+    assert len(list(windows)) == 4
+    with pytest.raises(ValueError, match="max_position_embeddings=7"):
+        as_windows(Dataset.from_dict({"input_ids": [[1] * 8]}), None, model=model, n_ctx=6)
+
+
+def test_a_command_is_shown_without_the_folders_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a b.txt").write_text("text")
+    argv = ["/usr/bin/else", "train", "language", f"{tmp_path}/out/new/", "--text=in/a b.txt"]
+    argv += [f"--held-out={tmp_path}/in/c.txt", "--text", "owner/name:en", "--lr", "2e-3"]
+    argv += ["--data", "Stories, 1/2 of them; " + "long " * 100, "--tokenizer", "in", "../there"]
+    shown = shlex.split(shown_command(argv))
+    assert shown[:5] == ["bilinear-lens", "train", "language", "new", "--text=a b.txt"]
+    assert shown[5:10] == ["--held-out=c.txt", "--text", "owner/name:en", "--lr", "2e-3"]
+    assert shown[10:] == [*argv[10:12], "--tokenizer", "in", "there"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bilinear_lens.cli import conversion, data, lens, sweeps, train
+from bilinear_lens.cli import bilinearize, data, lens, sweeps, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +24,7 @@ for command in (
     lens.convert,
     lens.push,
     data.clean,
-    conversion.bilinearize,
+    bilinearize.bilinearize,
 ):
     app.command()(command)
 app.add_typer(train.app, name="train")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,12 +18,17 @@ from transformers import (
 )
 
 from bilinear_lens.training.annealing import GateAnnealing, check_schedule
+from bilinear_lens.training.corpus import endless
 from bilinear_lens.training.distillation import DistillationLoss, check_weights
-from bilinear_lens.training.gates import is_bilinear, least_squares_shifts
+from bilinear_lens.training.gates import gated_mlps, is_bilinear, least_squares_shifts
 from bilinear_lens.training.runs import as_windows, first_windows, train, weights_digest
 
-FIT_WINDOWS = 64
-"""Windows for the least-squares fit of the linear gates: enough to pass the width of a layer."""
+FIT_TOKENS = 16_384
+FIT_TOKENS_PER_INPUT, LEAST_TOKENS_PER_INPUT = 16, 4
+"""For the least-squares fit of the linear gates: so many tokens, and for wide layers so many for
+each input. A fit on hardly more tokens than inputs is worse than none."""
+BATCH_SIZE, LEARNING_RATE = 16, 2e-3
+"""Windows at once on each device, and the highest learning rate, of `recommended_arguments`."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,12 @@ def recommended_arguments(output_dir: str | Path, **changes: Any) -> TrainingArg
         changes: any of `TrainingArguments`; `max_steps` or `num_train_epochs` at least.
     """
     settings = {
-        "learning_rate": 2e-3,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.02,
         "adam_beta2": 0.95,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "logging_nan_inf_filter": False,  # it waits for the device at each step
         "use_cpu": not torch.accelerator.is_available(),
         "logging_steps": 0.01,
         "save_steps": 0.1,
@@ -105,9 +112,11 @@ def bilinearize(
 
     Args:
         model: a Hugging Face causal language model whose layers all have gated MLPs: Llama,
-            Mistral, Qwen 2 and 3, Gemma, Phi-3. It stays as it is.
+            Mistral, Qwen 2 and 3, Gemma, Phi-3. It stays as it is; to teach, it moves to the
+            device of the training.
         dataset: documents in a column "text", for which the tokenizer is needed, or windows of
-            token ids in a column "input_ids".
+            token ids in a column "input_ids". A stream is shuffled among a thousand windows and
+            begins again where it ends.
         args: what the Trainer needs: where checkpoints go, steps, learning rate, precision,
             accumulation, FSDP, where to log. `recommended_arguments` has what a study found best.
         n_ctx: tokens of the windows that documents are cut into.
@@ -127,9 +136,15 @@ def bilinearize(
     if is_bilinear(model):
         warnings.warn(f"{type(model).__name__} is bilinear already: nothing to do.", stacklevel=2)
         return model
-    windows = as_windows(dataset, tokenizer, model=model, n_ctx=n_ctx)
-    held_out = eval_dataset and as_windows(eval_dataset, tokenizer, model=model, n_ctx=n_ctx)
     student = copy.deepcopy(model)
+    if not args.fsdp:  # which spreads the weights itself
+        student.to(args.device)  # pyright: ignore[reportArgumentType]
+    windows = as_windows(dataset, tokenizer, model=student, n_ctx=n_ctx)
+    if isinstance(windows, IterableDataset):
+        windows = endless(windows, seed=args.seed)
+    held_out = eval_dataset
+    if held_out is not None:
+        held_out = as_windows(held_out, tokenizer, model=student, n_ctx=n_ctx)
     annealing = prepare(student, recipe, windows)
     annealing.check_arguments(args)
     weights = {"weight": recipe.distill, "end": recipe.distill_end}
@@ -162,7 +177,7 @@ def prepare(
     """
     shifts = None
     if recipe.least_squares:
-        shifts = least_squares_shifts(model, first_windows(windows, FIT_WINDOWS))
+        shifts = least_squares_shifts(model, _fit_windows(model, windows))
     annealing = GateAnnealing(
         model,
         share=recipe.anneal,
@@ -178,3 +193,21 @@ def prepare(
             (mlp.module if recipe.train == "mlp" else mlp.gate).requires_grad_(True)
             mlp.annealed.scale.requires_grad_(recipe.learn_scale)
     return annealing
+
+
+def _fit_windows(model: PreTrainedModel, windows: Dataset | IterableDataset) -> Tensor:
+    """Windows enough to fit linear gates.
+
+    Raises:
+        ValueError: if there are too few.
+    """
+    n_inputs = gated_mlps(model)[0].gate.in_features
+    n_ctx = first_windows(windows, 1).shape[1]
+    some = first_windows(windows, -(-max(FIT_TOKENS, FIT_TOKENS_PER_INPUT * n_inputs) // n_ctx))
+    least = LEAST_TOKENS_PER_INPUT * n_inputs
+    if some.numel() < least:
+        raise ValueError(
+            f"The text has {some.numel()} tokens, too few to fit gates of {n_inputs} inputs by "
+            f"least squares: give {least} or more, or least_squares=False."
+        )
+    return some

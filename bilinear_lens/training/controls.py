@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from bilinear_lens.training.runs import (
     check_run_folder,
     first_windows,
     note_run,
+    remove_run,
     tensors_digest,
     text_and_arguments,
     train,
@@ -45,14 +45,14 @@ METHODS = ("bilinearized", "continued", "abrupt", "scratch")
 """Ours; the gated model trained on; its activation taken away at once; a random bilinear model."""
 
 
-def conversion_study(
+def bilinearize_study(
     model: PreTrainedModel,
     dataset: Dataset | IterableDataset,
     held_out: Dataset,
     *,
     args: TrainingArguments,
     out: str | Path,
-    choices: Choices,
+    choices: Choices | None = None,
     recipe: BilinearizeRecipe = RECOMMENDED,
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] = (0,),
@@ -70,7 +70,7 @@ def conversion_study(
         dataset, recipe, tokenizer, n_ctx: as for `bilinearize`.
         held_out: windows or documents for the figures.
         args: for every run; `output_dir` and the seeds are set for each.
-        choices: questions for `multiple_choice`.
+        choices: questions for `multiple_choice`; None leaves that figure out.
         methods: some of `METHODS`.
         eval_windows: how many windows of `held_out` count.
         resume: go on with the study in `out`: what is there is not run again. Seeds and methods
@@ -80,7 +80,7 @@ def conversion_study(
         Rows with `method`, `seed`, `loss` (nats per token), `kl` to the original (nats per token),
         `agreement` with its most probable next token, `multiple_choice` accuracy, `steps` and
         `seconds` of training. Two rows are of no run: the original, and the original "replaced",
-        without its activation and without training. `summarize_conversion` compares them.
+        without its activation and without training. `summarize_study` compares them.
 
     Raises:
         ValueError: as `bilinearize` does, or if a method is unknown.
@@ -96,16 +96,21 @@ def conversion_study(
         "recipe": asdict(recipe),
         "model": weights_digest(model),
         **text_and_arguments(windows, args),
-        "held_out": tensors_digest([held, choices.starts, choices.options]),
+        "held_out": tensors_digest([held, *(choices.tensors() if choices else [])]),
     }
-    del note["seed"]
+    for each in ("seed", "data_seed"):
+        note.pop(each, None)
     if args.process_index == 0:
         check_run_folder(out, note, resume=resume)
         note_run(out, note)
 
     def figures(trained: PreTrainedModel) -> dict[str, float]:
-        right = multiple_choice(trained, choices).mean().item()
-        return {**asdict(evaluate(trained, held, model)), "multiple_choice": right}
+        batch_size = args.per_device_eval_batch_size
+        found = asdict(evaluate(trained, held, model, batch_size=batch_size))
+        if choices is not None:
+            right = multiple_choice(trained, choices, batch_size=batch_size)
+            found["multiple_choice"] = right.mean().item()
+        return found
 
     def replaced() -> PreTrainedModel:
         annealing = GateAnnealing(copy.deepcopy(model), share=0.0)
@@ -136,14 +141,14 @@ def conversion_study(
                     with write_folder(folder) as partial:
                         trained.save_pretrained(partial)
                         (partial / FIGURES).write_text(json.dumps(row, indent=1))
-                    shutil.rmtree(f"{folder}.checkpoints")
+                    remove_run(Path(f"{folder}.checkpoints"), logs=Path(f"{folder}.logs"))
                 PartialState().wait_for_everyone()
             rows.append(json.loads((folder / FIGURES).read_text()))
     return pd.DataFrame(rows)
 
 
-def summarize_conversion(study: pd.DataFrame) -> pd.DataFrame:
-    """The methods of a `conversion_study`, side by side.
+def summarize_study(study: pd.DataFrame) -> pd.DataFrame:
+    """The methods of a `bilinearize_study`, side by side.
 
     Returns:
         For each method the means over seeds, `cost`, its loss minus that of continued training
@@ -185,7 +190,8 @@ def _run(
     clock: TrainingClock,
 ) -> PreTrainedModel:
     if method in ("bilinearized", "abrupt"):
-        recipe = recipe if method == "bilinearized" else ABRUPT
+        if method == "abrupt":
+            recipe = replace(ABRUPT, train=recipe.train)
         return bilinearize(model, windows, args=args, recipe=recipe, callbacks=[clock], resume=True)
     start = copy.deepcopy(model) if method == "continued" else scratch(model, args.seed)
     note = {"method": method, "model": weights_digest(model)}

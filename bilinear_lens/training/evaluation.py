@@ -70,6 +70,9 @@ class Choices:
     options: Int[Tensor, "n option length"]
     """The first option is the true one."""
 
+    def tensors(self) -> list[Tensor]:
+        return [self.starts, self.options]
+
 
 def continuation_choices(
     documents: Sequence[str],
@@ -124,7 +127,7 @@ def multiple_choice(
     ):
         prompts = starts[:, None].expand(-1, n_options, -1)
         tokens = torch.cat([prompts, options], dim=-1).flatten(0, 1)
-        log_probs = _log_probs(model, tokens)[:, -length:]
+        log_probs = _log_probs(model, tokens, last=length)
         targets = tokens[:, -length:, None].to(log_probs.device)
         scores = log_probs.gather(-1, targets).sum(dim=(1, 2)).view(-1, n_options)
         # scores that tie, or are no numbers, tell of no knowledge
@@ -133,10 +136,10 @@ def multiple_choice(
 
 
 def _log_probs(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq-1 vocab"]:
-    """Log-probabilities of each next token, without dropout, in float32."""
+    model: PreTrainedModel, tokens: Int[Tensor, "batch seq"], *, last: int = 0
+) -> Float[Tensor, "batch predicted vocab"]:
+    """Log-probabilities of each next token, or the `last` ones, without dropout, in float32."""
     training = model.training
     logits = model.eval()(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
     model.train(training)
-    return logits.float().log_softmax(-1)
+    return logits[:, -last:].float().log_softmax(-1)

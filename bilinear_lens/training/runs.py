@@ -259,7 +259,8 @@ def _gather(
 ) -> PreTrainedModel:
     """Put a spread model's weights into a whole one: a device holds no more than one at a time."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(spread, options=options)  # the main process alone has them
+    # the main process alone has them
+    weights: dict[str, Any] = get_model_state_dict(spread, options=options)
     for name, weight in whole.state_dict().items():
         each = weights[name] if args.process_index == 0 else weight
         weight.copy_(broadcast(each.to(args.device, weight.dtype, copy=True)))  # pyright: ignore[reportArgumentType]

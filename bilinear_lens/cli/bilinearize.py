@@ -1,6 +1,5 @@
 """The command that makes a gated model bilinear."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +8,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe
-from bilinear_lens.training.conversion import bilinearize_checkpoint
+from bilinear_lens.training.bilinearize import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    RECOMMENDED,
+    BilinearizeRecipe,
+)
+from bilinear_lens.training.bilinearized import bilinearize_checkpoint
+from bilinear_lens.training.card import shown_command
 
 console = Console(highlight=False)
 
@@ -30,10 +35,10 @@ def bilinearize(
     steps: Annotated[
         int | None, typer.Option(help="Training steps; otherwise one pass over the text.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once, on each device.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Windows at once, on each device.")] = BATCH_SIZE,
     accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     n_ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = LEARNING_RATE,
     anneal: Annotated[
         float, typer.Option(help="Share of the steps over which beta falls from 1 to 0.")
     ] = RECOMMENDED.anneal,
@@ -121,7 +126,7 @@ def bilinearize(
         controls=controls,
         streaming=streaming,
         resume=resume,
-        command=shlex.join(["bilinear-lens", *sys.argv[1:]]),
+        command=shown_command(sys.argv),
         data=data,
     )
     if summary is None:

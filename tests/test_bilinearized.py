@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import bilinear_lens as bl
 from bilinear_lens.cli import app
-from bilinear_lens.training import conversion
-from bilinear_lens.training.conversion import bilinearize_checkpoint
+from bilinear_lens.training import bilinearized
+from bilinear_lens.training.bilinearized import bilinearize_checkpoint
 
 SETTINGS = {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True}
 
@@ -54,10 +54,10 @@ def test_the_card_says_how_it_was_made_and_what_it_cost(converted):
         assert said in card
     rows = {
         name: re.search(rf"^\| {re.escape(name)} \| (.*) \|$", card, re.MULTILINE)
-        for name in conversion.METHOD_NAMES.values()
+        for name in bilinearized.METHOD_NAMES.values()
     }
-    assert set(summary.index) == set(conversion.METHOD_NAMES)
-    for method, name in conversion.METHOD_NAMES.items():
+    assert set(summary.index) == set(bilinearized.METHOD_NAMES)
+    for method, name in bilinearized.METHOD_NAMES.items():
         row = rows[name]
         assert row and float(row[1].split(" | ")[0]) == round(summary.loc[method, "loss"], 4)
     assert f"{summary.loc['bilinearized', 'cost']:+.4f} ±" in card
@@ -70,7 +70,7 @@ def test_what_is_bilinear_already_stays_as_it_is(texts, tmp_path):
 
 
 def test_a_study_that_was_cut_off_goes_on(texts, tmp_path, monkeypatch):
-    run = conversion.conversion_study
+    run = bilinearized.bilinearize_study
 
     def cut(*args, **kwargs):
         kwargs["methods"] = kwargs["methods"][:1]
@@ -79,7 +79,7 @@ def test_a_study_that_was_cut_off_goes_on(texts, tmp_path, monkeypatch):
 
     options = {"settings": SETTINGS, "n_ctx": 64, **texts}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversion, "conversion_study", cut)
+        patch.setattr(bilinearized, "bilinearize_study", cut)
         bilinearize_checkpoint("stories260k", tmp_path / "model", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model.runs"]
     with pytest.raises(ValueError, match="resume"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 
 from bilinear_lens.models.checkpoints import check_new, load_checkpoint, write_folder
@@ -21,12 +22,12 @@ from bilinear_lens.training.card import device_name
 from bilinear_lens.training.controls import (
     FIGURES,
     METHODS,
-    conversion_study,
+    bilinearize_study,
     study_folder,
-    summarize_conversion,
+    summarize_study,
 )
 from bilinear_lens.training.corpus import TextSource, held_out_documents, source_names
-from bilinear_lens.training.evaluation import continuation_choices
+from bilinear_lens.training.evaluation import Choices, continuation_choices
 from bilinear_lens.training.gates import is_bilinear
 from bilinear_lens.training.text import load_text
 
@@ -59,8 +60,9 @@ def bilinearize_checkpoint(
 ) -> pd.DataFrame | None:
     """Make the gated model of a checkpoint bilinear, and save it with a card that says the cost.
 
-    The folder appears only when all of it is there; runs go to `<out>.runs` meanwhile. The model
-    saved is that of the first seed.
+    The folder appears only when all of it is there; runs go to `<out>.runs` meanwhile, and what
+    they log for TensorBoard to `<out>.logs`. The model saved is that of the first seed; the
+    figures of all runs are in `study.csv`.
 
     Args:
         source: a folder, a built-in name or a Hub id.
@@ -72,7 +74,7 @@ def bilinearize_checkpoint(
         command, data: for the model card.
 
     Returns:
-        What `summarize_conversion` gives, or None if the model is bilinear already.
+        What `summarize_study` gives, or None if the model is bilinear already.
 
     Raises:
         ValueError: as `load_checkpoint`, `load_text` and `bilinearize` do, or if `out` exists.
@@ -89,13 +91,13 @@ def bilinearize_checkpoint(
     held = held_out_documents(text, held_out, streaming=streaming)
     runs = Path(f"{out}.runs")
     args = recommended_arguments(runs, **settings)
-    study = conversion_study(
+    study = bilinearize_study(
         model,
         documents,
         held,
         args=args,
         out=runs,
-        choices=continuation_choices(held["text"], found),
+        choices=_choices(held, found),
         recipe=recipe,
         methods=METHODS if controls else METHODS[:1],
         seeds=seeds,
@@ -103,13 +105,14 @@ def bilinearize_checkpoint(
         n_ctx=n_ctx,
         resume=resume,
     )
-    summary = summarize_conversion(study)
+    summary = summarize_study(study)
     if args.process_index == 0:
         with write_folder(out) as partial:
             shutil.copytree(study_folder(runs, METHODS[0], seeds[0]), partial, dirs_exist_ok=True)
             (partial / FIGURES).unlink()
+            study.to_csv(partial / "study.csv", index=False)
             found.save_pretrained(partial)
-            card = conversion_card(
+            card = bilinearized_card(
                 out.name,
                 source=Path(source).name if Path(source).exists() else str(source),
                 recipe=recipe,
@@ -120,11 +123,22 @@ def bilinearize_checkpoint(
                 command=command,
             )
             (partial / "README.md").write_text(card, encoding="utf-8")
+        for logs in runs.glob("*.logs"):
+            shutil.move(logs, Path(f"{out}.logs") / logs.stem)
         shutil.rmtree(runs)
     return summary
 
 
-def conversion_card(
+def _choices(held_out: Dataset, tokenizer: PreTrainedTokenizerBase) -> Choices | None:
+    """Questions of multiple choice, where enough held-out documents are long enough for some."""
+    try:
+        return continuation_choices(held_out["text"], tokenizer)
+    except ValueError as error:
+        warnings.warn(f"No multiple choice: {error}", stacklevel=3)
+        return None
+
+
+def bilinearized_card(
     name: str,
     *,
     source: str,
@@ -136,11 +150,11 @@ def conversion_card(
     command: str | None,
 ) -> str:
     """A Hugging Face model card in Markdown: how the model was made, and what it cost."""
-    summary = summarize_conversion(study)
+    summary = summarize_study(study)
     ours = study[study["method"] == METHODS[0]].iloc[0]
     rows = "\n".join(
         f"| {METHOD_NAMES[str(method)]} | {row['loss']:.4f} | {_cost(str(method), row)} "
-        f"| {row['kl']:.4f} | {row['agreement']:.4f} | {row['multiple_choice']:.3f} |"
+        f"| {row['kl']:.4f} | {row['agreement']:.4f} | {_choice(row)} |"
         for method, row in summary.to_dict("index").items()
     )
     made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
@@ -162,9 +176,10 @@ tags: [bilinear, interpretability]
 {int(ours["steps"]):,} steps, {n_tokens:,} tokens, seed {int(ours["seed"])}.
 **Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.
 
-What it cost, on held-out text, beside what else the same budget would have bought ("cost" is the \
-loss minus that of continued training, ± its standard error over {study["seed"].nunique()} \
-seed(s); "choice" is the accuracy of finding, among four, the passage that goes on with a text):
+What it cost, on held-out text; every model was trained on the same text with the same settings \
+("cost" is the loss minus that of the original, trained on, ± its standard error over \
+{study["seed"].nunique()} seed(s); "choice" is the accuracy of finding, among four, the passage \
+that goes on with a text; `study.csv` has the runs):
 
 | | nats per token | cost | KL to the original | agreement | choice |
 |---|---|---|---|---|---|
@@ -173,6 +188,10 @@ seed(s); "choice" is the accuracy of finding, among four, the passage that goes 
 **Use**: `bilinear_lens.HookedBilinearTransformer.from_pretrained(...)`, or
 `transformers.AutoModelForCausalLM.from_pretrained(...)`.
 """
+
+
+def _choice(row: Mapping[str, float]) -> str:
+    return f"{row['multiple_choice']:.3f}" if "multiple_choice" in row else ""
 
 
 def _cost(method: str, row: Mapping[str, float]) -> str:
