@@ -189,7 +189,7 @@ def test_push_prints_where_the_model_is(run, tmp_path, monkeypatch):
         def upload_folder(self, *, repo_id: str, folder_path: Path, **options) -> None:
             asked.append((repo_id, folder_path.name))
 
-    monkeypatch.setattr("bilinear_lens.models.checkpoints.HfApi", Api)
+    monkeypatch.setattr("bilinear_lens.models.hub.HfApi", Api)
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "model")
     code, _, err = run("push model somebody/model --private")
     assert code == 2 and "model card" in err and not asked

@@ -144,14 +144,15 @@ def test_the_teacher_computes_in_the_students_precision():
 
 def test_the_weight_falls_along_a_straight_line():
     student, teacher = models()
+    unread: Any = None
     loss = DistillationLoss(student, teacher, weight=0.8, end=0.2)
     weights = []
     for step in (0, 1, 2, 3):
-        loss.on_step_begin(None, TrainerState(global_step=step, max_steps=3), None)
+        loss.on_step_begin(unread, TrainerState(global_step=step, max_steps=3), unread)
         weights.append(loss.weight)
     assert weights == pytest.approx([0.8, 0.6, 0.4, 0.2])
     constant = DistillationLoss(student, teacher, weight=0.8)
-    constant.on_step_begin(None, TrainerState(global_step=2, max_steps=3), None)
+    constant.on_step_begin(unread, TrainerState(global_step=2, max_steps=3), unread)
     assert constant.weight == 0.8
 
 

@@ -49,7 +49,8 @@ assert made.equals(again)
     run_in_two(script, tmp_path)
     one = study(tmp_path / "one", args={"per_device_train_batch_size": 4})
     names = [sorted(path.name for path in (tmp_path / each).iterdir()) for each in ("one", "two")]
-    assert names[0] == names[1] == ["bilinearized-0", "continued-0", "run.json"]
+    files = ["original.json", "replaced.json", "run.json"]
+    assert names[0] == names[1] == ["bilinearized-0", "continued-0", *files]
     for row in one.to_dict("records")[2:]:
         folder = tmp_path / "two" / f"{row['method']}-{row['seed']:.0f}"
         figures = json.loads((folder / "figures.json").read_text())

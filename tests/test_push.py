@@ -131,7 +131,7 @@ def test_what_should_not_be_on_the_hub_is_refused_before_the_network(folder, mon
     def refuse(*args, **kwargs):
         raise AssertionError("a client was made")
 
-    monkeypatch.setattr("bilinear_lens.models.checkpoints.HfApi", refuse)
+    monkeypatch.setattr("bilinear_lens.models.hub.HfApi", refuse)
 
     def fault(repo_id: str = "somebody/model") -> str:
         with pytest.raises(ValueError) as caught:

@@ -20,7 +20,7 @@ def clean(
         typer.Argument(
             help="Files (.txt, documents separated by <|endoftext|>, or .jsonl, plain or .gz, or "
             ".parquet), or a dataset's name: tinystories, fineweb-edu, "
-            "owner/name[:configuration][@split]."
+            "owner/name[:configuration], and which part: tinystories@validation."
         ),
     ],
     split: Annotated[str, typer.Option(help="The part of a named dataset.")] = "train",

@@ -27,7 +27,7 @@ def language(
         typer.Option(
             help="Training text: files (.txt, documents separated by <|endoftext|>, or .jsonl, "
             "plain or .gz, or .parquet; may be repeated), or a dataset's name: tinystories, "
-            "fineweb-edu, owner/name[:configuration][@split], such as 'fineweb-edu@train[1000:]'."
+            "fineweb-edu, owner/name[:configuration], and which part: 'fineweb-edu@train[1000:]'."
         ),
     ],
     held_out: Annotated[

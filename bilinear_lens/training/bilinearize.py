@@ -66,11 +66,11 @@ class BilinearizeRecipe:
 
 
 RECOMMENDED = BilinearizeRecipe()
-"""What did best in the study of `notebooks/5_bilinearize.ipynb`."""
+"""What did best in short trials on `stories260k`; `notebooks/language_study.py` is the study."""
 
 
 def recommended_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments:
-    """Arguments for the Trainer that did best in the same study.
+    """Arguments for the Trainer that did best in the same trials.
 
     Args:
         changes: any of `TrainingArguments`; `max_steps` or `num_train_epochs` at least.
@@ -118,7 +118,7 @@ def bilinearize(
             token ids in a column "input_ids". A stream is shuffled among a thousand windows and
             begins again where it ends.
         args: what the Trainer needs: where checkpoints go, steps, learning rate, precision,
-            accumulation, FSDP, where to log. `recommended_arguments` has what a study found best.
+            accumulation, FSDP, where to log. `recommended_arguments` has what did best for us.
         n_ctx: tokens of the windows that documents are cut into.
         eval_dataset: windows or documents on which the Trainer evaluates as `args` say.
         resume: go on from the last whole checkpoint in `args.output_dir`, which must be of the

@@ -27,6 +27,7 @@ from bilinear_lens.training.runs import (
     as_windows,
     check_run_folder,
     first_windows,
+    note_end,
     note_run,
     remove_run,
     tensors_digest,
@@ -103,6 +104,7 @@ def bilinearize_study(
     if args.process_index == 0:
         check_run_folder(out, note, resume=resume)
         note_run(out, note)
+    PartialState().wait_for_everyone()
 
     def figures(trained: PreTrainedModel) -> dict[str, float]:
         batch_size = args.per_device_eval_batch_size
@@ -144,6 +146,8 @@ def bilinearize_study(
                     remove_run(Path(f"{folder}.checkpoints"), logs=Path(f"{folder}.logs"))
                 PartialState().wait_for_everyone()
             rows.append(json.loads((folder / FIGURES).read_text()))
+    if args.process_index == 0:
+        note_end(out)
     return pd.DataFrame(rows)
 
 

@@ -62,8 +62,9 @@ def train_vision(
         train.images, train.labels, held_out=(test.images, test.labels), **asdict(recipe)
     )
     accuracy = history["held_out_accuracy"].iloc[-1]
+    shown = Path(data).name if Path(data).exists() else str(data)
     classifier.cpu().save_pretrained(
-        out, card=_card(Path(out).name, classifier, recipe, str(data), accuracy, command)
+        out, card=_card(Path(out).name, classifier, recipe, shown, accuracy, command)
     )
     return classifier, accuracy
 

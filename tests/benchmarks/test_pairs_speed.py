@@ -1,4 +1,4 @@
-"""Top token pairs by branch and bound, against all products. `pytest tests/benchmarks -s`."""
+"""Top token pairs by branch and bound, against all products. `pytest -n 0 -s tests/benchmarks`."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What a sweep costs: ratios within one run, printed. `pytest tests/benchmarks -s`, on idle cores.
+"""What a sweep costs: ratios within one run. `pytest -n 0 -s tests/benchmarks`, on idle cores.
 
 Nothing here asserts a time; what is asserted is that both sides agree.
 """

@@ -1,7 +1,7 @@
 """What the Trainer costs beside a hand-written loop: a ratio within one run, printed.
 
-`pytest tests/benchmarks -s`, on idle cores. Nothing here asserts a time; what is asserted is that
-both sides come to the same loss.
+`pytest -n 0 -s tests/benchmarks`, on idle cores. Nothing here asserts a time; what is asserted is
+that both sides come to the same loss.
 """
 
 import math
