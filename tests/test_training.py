@@ -39,7 +39,6 @@ from bilinear_lens.training.language import train_language
 from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.regularisers import latent_noise
 from bilinear_lens.training.runs import (
-    as_windows,
     last_checkpoint,
     remove_run,
     text_and_arguments,
@@ -47,6 +46,7 @@ from bilinear_lens.training.runs import (
 )
 from bilinear_lens.training.text import load_text, pack, train_tokenizer
 from bilinear_lens.training.timing import step_seconds
+from bilinear_lens.training.windows import as_windows
 
 RECIPE = LanguageRecipe(
     n_layers=1,

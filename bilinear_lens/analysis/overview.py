@@ -15,10 +15,10 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.generalized_components import GatedMLPBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import LinearActivation
 
 from bilinear_lens.analysis.interactions import random_spectrum
 from bilinear_lens.models.classifier import HookedBilinearClassifier
+from bilinear_lens.models.components import LINEAR_ACTIVATIONS
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.spectrum import effective_ranks
 from bilinear_lens.tensor import BilinearTensor
@@ -198,7 +198,7 @@ def _mlps(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
         for name, module in model.named_modules()
         if _in_mlp(name, adapter)
         and "act" in name.rpartition(".")[2]
-        and not isinstance(module, (nn.Identity, LinearActivation))
+        and not isinstance(module, LINEAR_ACTIVATIONS)
     }
     if not activations:
         return BILINEAR

@@ -15,6 +15,9 @@ from transformers.activations import LinearActivation
 
 from bilinear_lens.tensor import BilinearTensor
 
+LINEAR_ACTIVATIONS = (nn.Identity, LinearActivation)
+"""What a linear gate has in the place of its activation."""
+
 
 class BilinearMLPBridge(GatedMLPBridge):
     """A gated MLP whose gate has no activation: `out(gate(x) * in(x))`.
@@ -64,7 +67,7 @@ def check_bilinear(model: nn.Module, adapter: ArchitectureAdapter) -> None:
         )
     for layer, block in enumerate(model.get_submodule(str(blocks.name)).children()):
         for child_name, child in block.get_submodule(str(mlp.name)).named_children():
-            if "act" in child_name and not isinstance(child, (nn.Identity, LinearActivation)):
+            if "act" in child_name and not isinstance(child, LINEAR_ACTIVATIONS):
                 raise ValueError(
                     f"The gate of {name}'s layer {layer} goes through an activation, "
                     f"{type(child).__name__}, so its MLP is not a tensor. Make it bilinear first, "

@@ -21,7 +21,8 @@ from bilinear_lens.training.annealing import GateAnnealing, check_schedule
 from bilinear_lens.training.corpus import endless
 from bilinear_lens.training.distillation import DistillationLoss, check_weights
 from bilinear_lens.training.gates import gated_mlps, is_bilinear, least_squares_shifts
-from bilinear_lens.training.runs import as_windows, first_windows, train, weights_digest
+from bilinear_lens.training.runs import train, weights_digest
+from bilinear_lens.training.windows import as_windows, first_windows
 
 FIT_TOKENS = 16_384
 FIT_TOKENS_PER_INPUT, LEAST_TOKENS_PER_INPUT = 16, 4
@@ -191,7 +192,7 @@ def prepare(
         model.requires_grad_(False)
         for mlp in annealing.mlps:
             (mlp.module if recipe.train == "mlp" else mlp.gate).requires_grad_(True)
-            mlp.annealed.scale.requires_grad_(recipe.learn_scale)
+            mlp.annealed.requires_grad_(True)  # its scale, if that is learned
     return annealing
 
 

@@ -18,7 +18,7 @@ from bilinear_lens.training.bilinearize import (
     BilinearizeRecipe,
     recommended_arguments,
 )
-from bilinear_lens.training.card import device_name
+from bilinear_lens.training.card import device_name, made_by, shown_name
 from bilinear_lens.training.controls import (
     FIGURES,
     METHODS,
@@ -114,7 +114,7 @@ def bilinearize_checkpoint(
             found.save_pretrained(partial)
             card = bilinearized_card(
                 out.name,
-                source=Path(source).name if Path(source).exists() else str(source),
+                source=shown_name(source),
                 recipe=recipe,
                 args=args,
                 n_ctx=n_ctx,
@@ -157,7 +157,6 @@ def bilinearized_card(
         f"| {row['kl']:.4f} | {row['agreement']:.4f} | {_choice(row)} |"
         for method, row in summary.to_dict("index").items()
     )
-    made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
     options = ", ".join(f"{key} {value}" for key, value in asdict(recipe).items())
     n_tokens = int(ours["steps"]) * args.train_batch_size * args.world_size * n_ctx
     n_tokens *= args.gradient_accumulation_steps
@@ -184,7 +183,7 @@ that goes on with a text; `study.csv` has the runs):
 | | nats per token | cost | KL to the original | agreement | choice |
 |---|---|---|---|---|---|
 {rows}
-{made}
+{made_by(command)}
 **Use**: `bilinear_lens.HookedBilinearTransformer.from_pretrained(...)`, or
 `transformers.AutoModelForCausalLM.from_pretrained(...)`.
 """

@@ -55,7 +55,6 @@ def model_card(
         batch += f" x {number} {unit}" if number > 1 else ""
     passes = f" in {ours.tokens / recipe.n_ctx / n_windows:.3g} epochs" if n_windows else ""
     precision = "bfloat16" if recipe.bf16 else "float32"
-    made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
     return f"""\
 ---
 library_name: transformers
@@ -82,7 +81,7 @@ batch {batch}, {ours.steps:,} steps, {precision}, seed {recipe.seed}.
 | MLP | nats per token | nats per byte |
 |---|---|---|
 {rows}
-{made}
+{made_by(command)}
 **Use**: `bilinear_lens.HookedBilinearTransformer.from_pretrained(...)`, or
 `transformers.AutoModelForCausalLM.from_pretrained(...)`. It is there to be read, not to be used.
 """
@@ -103,6 +102,16 @@ def _comparison(
         "Held-out loss, of models of the same size trained the same way on the same text for the "
         f"same time ({times}, measured before):"
     )
+
+
+def made_by(command: str | None) -> str:
+    """The part of a card that tells the command line, if there was one."""
+    return f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
+
+
+def shown_name(source: object) -> str:
+    """What a file, a folder or a name is called, without the folders of this machine."""
+    return Path(str(source)).name if Path(str(source)).exists() else str(source)
 
 
 def shown_command(argv: Sequence[str]) -> str:

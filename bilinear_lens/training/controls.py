@@ -24,9 +24,7 @@ from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe, b
 from bilinear_lens.training.evaluation import Choices, evaluate, multiple_choice
 from bilinear_lens.training.gates import gated_mlps
 from bilinear_lens.training.runs import (
-    as_windows,
     check_run_folder,
-    first_windows,
     note_end,
     note_run,
     remove_run,
@@ -37,6 +35,7 @@ from bilinear_lens.training.runs import (
     write_whole,
 )
 from bilinear_lens.training.timing import TrainingClock, training_seconds
+from bilinear_lens.training.windows import as_windows, first_windows
 
 ABRUPT = BilinearizeRecipe(anneal=0.0, least_squares=False, distill=0.0)
 FIGURES = "figures.json"

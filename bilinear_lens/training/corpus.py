@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from bilinear_lens.training.card import shown_name
 from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.text import (
     BATCH,
@@ -143,4 +144,4 @@ def source_names(source: TextSource) -> list[str]:
     if isinstance(source, IterableDataset):
         return ["a stream of documents"]
     sources = [source] if isinstance(source, str | Path) else source
-    return [Path(each).name if Path(each).exists() else str(each) for each in sources]
+    return [shown_name(each) for each in sources]

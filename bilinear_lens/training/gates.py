@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN, LinearActivation
 
 from bilinear_lens.models.checkpoints import ACTIVATION_NAMES, name_gate_linear
+from bilinear_lens.models.components import LINEAR_ACTIVATIONS
 
 RIDGE = 1e-4
 """Of the mean squared input: enough to solve where inputs are collinear, too little to matter."""
@@ -123,7 +124,7 @@ def is_bilinear(model: PreTrainedModel) -> bool:
         ValueError: if it has no gated MLPs.
     """
     gates = [getattr(mlp.module, mlp.activation) for mlp in gated_mlps(model)]
-    return all(isinstance(gate, LinearActivation | nn.Identity) for gate in gates)
+    return all(isinstance(gate, LINEAR_ACTIVATIONS) for gate in gates)
 
 
 def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:

@@ -9,6 +9,7 @@ import torch
 from bilinear_lens.models.checkpoints import check_new
 from bilinear_lens.models.classifier import HookedBilinearClassifier
 from bilinear_lens.models.fitting import FitRecipe
+from bilinear_lens.training.card import made_by, shown_name
 from bilinear_lens.training.images import load_images
 
 
@@ -62,9 +63,8 @@ def train_vision(
         train.images, train.labels, held_out=(test.images, test.labels), **asdict(recipe)
     )
     accuracy = history["held_out_accuracy"].iloc[-1]
-    shown = Path(data).name if Path(data).exists() else str(data)
     classifier.cpu().save_pretrained(
-        out, card=_card(Path(out).name, classifier, recipe, shown, accuracy, command)
+        out, card=_card(Path(out).name, classifier, recipe, shown_name(data), accuracy, command)
     )
     return classifier, accuracy
 
@@ -81,7 +81,6 @@ def _card(
     options = ", ".join(
         f"{key} {value:g}" for key, value in asdict(recipe).items() if value is not None
     )
-    made = f"\nMade by:\n\n```\n{command}\n```\n" if command else ""
     return f"""\
 ---
 tags: [bilinear, interpretability]
@@ -95,6 +94,6 @@ pixels to {cfg.n_classes} classes.
 **Data**: {data}, its training split. **Accuracy** on its test split: {accuracy:.4f}.
 
 **Recipe**: AdamW, cosine schedule; {options}.
-{made}
+{made_by(command)}
 **Use**: `bilinear_lens.HookedBilinearClassifier.from_pretrained(...)`.
 """
