@@ -33,9 +33,8 @@ from bilinear_lens.training.language import train_language
 from bilinear_lens.training.recipe import LanguageRecipe
 
 SEEDS = range(3)
-SHORT, MIDDLE, LONG = 500, 2000, 8000
-"""Steps of 16 windows of 256 tokens: 2, 8 and 33 million tokens, each the 4.1 million of the text a
-few times over."""
+STEPS = {"recipes": 500, "conversion": 2000, "twin": 1000, "long": 8000}
+"""Of 16 windows of 256 tokens: from 2 to 33 million tokens, of a text of 4.1 million."""
 
 SETTINGS = {"bf16": True, "disable_tqdm": True}
 
@@ -93,21 +92,23 @@ class Conversion:
     label: str
     method: str
     seed: int
-    steps: int
     recipe: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
+
+    def folder(self) -> str:
+        return f"{self.study} {self.model} {self.label} {STEPS[self.study]}".replace(" ", "_")
 
     def run(self, data: Path, models: Path) -> pd.DataFrame:
         folder = {"stories260K": data / "checkpoints/stories260K", "twin": models / "twin"}
         tokenizer = AutoTokenizer.from_pretrained(folder[self.model])
         held_out = bl.load_text(data / "tinystories/heldout.txt.gz")
-        out = models / f"{self.study} {self.model} {self.label} {self.steps}".replace(" ", "_")
+        out = models / self.folder()
         table = bl.bilinearize_study(
             AutoModelForCausalLM.from_pretrained(folder[self.model], dtype=torch.float32),
             bl.load_text(data / "tinystories/train.txt.gz"),
             held_out,
             args=bl.recommended_arguments(
-                out, max_steps=self.steps, **{**SETTINGS, **self.settings}
+                out, max_steps=STEPS[self.study], **{**SETTINGS, **self.settings}
             ),
             out=out,
             choices=continuation_choices(held_out["text"], tokenizer, start=64, length=8),
@@ -118,7 +119,7 @@ class Conversion:
             resume=True,
         )
         return table.melt(id_vars=["method", "seed"], var_name="quantity").assign(
-            study=self.study, model=self.model, label=self.label, budget=self.steps
+            study=self.study, model=self.model, label=self.label, budget=STEPS[self.study]
         )
 
 
@@ -168,7 +169,8 @@ class Reading:
     def run(self, data: Path, models: Path) -> pd.DataFrame:
         study = "twin" if self.model == "twin" else "conversion"
         label = "recommended" if self.method == "bilinearized" else self.method
-        folder = models / f"{study}_{self.model}_{label}_{MIDDLE}" / f"{self.method}-{self.seed}"
+        runs = Conversion(study, self.model, label, self.method, self.seed)
+        folder = models / runs.folder() / f"{self.method}-{self.seed}"
         model = bl.HookedBilinearTransformer.from_pretrained(
             folder, tokenizer=models / "twin" if study == "twin" else "stories260k"
         )
@@ -239,12 +241,12 @@ def ablation_effects(
 def jobs(studies: list[str]) -> list[Conversion | Reading | Regularised]:
     """Every run, study by study."""
 
-    def conversions(study: str, model: str, steps: int, seed: int) -> list[Conversion]:
-        ours = Conversion(study, model, "recommended", "bilinearized", seed, steps)
+    def conversions(study: str, model: str, seed: int) -> list[Conversion]:
+        ours = Conversion(study, model, "recommended", "bilinearized", seed)
         return [
             ours,
             *(
-                Conversion(study, model, name, name, seed, steps, PLAIN, {"learning_rate": rate})
+                Conversion(study, model, name, name, seed, PLAIN, {"learning_rate": rate})
                 for name, rate in CONTROLS.items()
             ),
         ]
@@ -257,17 +259,16 @@ def jobs(studies: list[str]) -> list[Conversion | Reading | Regularised]:
                 label,
                 "bilinearized",
                 0,
-                SHORT,
                 recipe,
                 {"learning_rate": rate},
             )
             for label, (recipe, rate) in RECIPES.items()
         ],
         "conversion": [
-            job for seed in SEEDS for job in conversions("conversion", "stories260K", MIDDLE, seed)
+            job for seed in SEEDS for job in conversions("conversion", "stories260K", seed)
         ],
-        "twin": [job for seed in SEEDS for job in conversions("twin", "twin", MIDDLE, seed)],
-        "long": conversions("long", "stories260K", LONG, 0)[:2],
+        "twin": [job for seed in SEEDS for job in conversions("twin", "twin", seed)],
+        "long": conversions("long", "stories260K", 0)[:2],
         "reading": [
             Reading(model, method, seed)
             for model in ("stories260K", "twin")

@@ -36,7 +36,7 @@ def bilinearize(
         int | None, typer.Option(help="Training steps; otherwise one pass over the text.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once, on each device.")] = BATCH_SIZE,
-    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     n_ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = LEARNING_RATE,
     anneal: Annotated[
@@ -98,7 +98,7 @@ def bilinearize(
     settings: dict[str, Any] = {
         "learning_rate": lr,
         "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulate,
+        "gradient_accumulation_steps": gradient_accumulation,
         "gradient_checkpointing": gradient_checkpointing,
         "bf16": bf16,
         "report_to": report_to,
