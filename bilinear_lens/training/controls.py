@@ -24,6 +24,7 @@ from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe, b
 from bilinear_lens.training.evaluation import Choices, evaluate, multiple_choice
 from bilinear_lens.training.gates import gated_mlps
 from bilinear_lens.training.runs import (
+    check_reporting,
     check_run_folder,
     note_end,
     note_run,
@@ -88,6 +89,7 @@ def bilinearize_study(
     if unknown := set(methods) - set(METHODS):
         raise ValueError(f"No method {sorted(unknown)}: there are {', '.join(METHODS)}.")
     gated_mlps(model)
+    check_reporting(args.report_to or "none")
     out = Path(out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     windows = as_windows(dataset, tokenizer, model=model, n_ctx=n_ctx)
