@@ -3,7 +3,9 @@
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,6 +63,24 @@ def test_the_card_says_how_it_was_made_and_what_it_cost(converted):
         row = rows[name]
         assert row and float(row[1].split(" | ")[0]) == round(summary.loc[method, "loss"], 4)
     assert f"{summary.loc['bilinearized', 'cost']:+.4f} ±" in card
+
+
+def test_the_card_warns_where_training_on_made_the_original_worse(converted):
+    study = pd.read_csv(converted[0] / "study.csv")
+    options: dict[str, Any] = {
+        "source": "a model",
+        "recipe": bl.BilinearizeRecipe(),
+        "args": bl.recommended_arguments("run", max_steps=2),
+        "n_ctx": 64,
+        "data": "some text",
+        "command": None,
+    }
+    losses = {"original": 1.5, "bilinearized": 1.75}
+    for continued, warns in ((1.4, False), (1.625, True)):
+        found = losses | {"continued": continued}
+        changed = study.assign(loss=study["method"].map(found).fillna(2.0))
+        card = bilinearized.bilinearized_card("name", study=changed, **options)
+        assert ("is +0.2500 from the original" in " ".join(card.split())) == warns
 
 
 def test_what_is_bilinear_already_stays_as_it_is(texts, tmp_path):

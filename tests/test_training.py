@@ -194,7 +194,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path
     with pytest.raises(ValueError, match="resume"):
         train_language(tmp_path / "cut", **options)
     other = dict(options, recipe=replace(RECIPE, seed=1))
-    with pytest.raises(ValueError, match="another run: recipe differ"):
+    with pytest.raises(ValueError, match="another run: recipe "):
         train_language(tmp_path / "cut", resume=True, **other)
     (tmp_path / "train.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:20]))
     changed = dict(options, text=[tmp_path / "train.txt"])
@@ -203,7 +203,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path
     (file,) = texts["text"]
     stories = file.read_text()
     (tmp_path / "train.txt").write_text(stories[:-40] + stories[-40:].upper())
-    with pytest.raises(ValueError, match=r"another run: .*\bwindows differ"):
+    with pytest.raises(ValueError, match=r"another run: .*\bwindows "):
         train_language(tmp_path / "cut", resume=True, **changed)
     train_language(tmp_path / "cut", resume=True, **options)
     assert_same_run(tmp_path / "cut", whole[0] / "model")
@@ -221,7 +221,7 @@ def test_a_run_of_so_many_tokens_resumes_with_its_own_text_alone(texts, tmp_path
         train_language(tmp_path / "cut", **options)
     for other in (stories[50:80], stories[29::-1]):
         file.write_text("<|endoftext|>".join(other))
-        with pytest.raises(ValueError, match=r"another run: .*\bwindows differ"):
+        with pytest.raises(ValueError, match=r"another run: .*\bwindows "):
             train_language(tmp_path / "cut", resume=True, **options)
 
 
@@ -606,16 +606,15 @@ def test_a_run_that_is_done_says_so_and_where(tmp_path):
         run(tmp_path / "run", callbacks=[Stop()])
     with pytest.raises(ValueError, match="holds an unfinished run: resume it"):
         run(tmp_path / "run")
-    run(tmp_path / "run", resume=True)
+    whole = run(tmp_path / "run", resume=True).state_dict()
     with pytest.raises(
-        ValueError, match=r"came to its end.*/checkpoint-3: .*resume=True"
+        ValueError, match=r"came to its end.*/checkpoint-2: .*resume=True"
     ) as caught:
         run(tmp_path / "run")
     assert "unfinished" not in str(caught.value)
-    with pytest.raises(ValueError, match="another run: seed differ"):
+    with pytest.raises(ValueError, match="another run: seed "):
         run(tmp_path / "run", resume=True, args={"seed": 3})
     again = run(tmp_path / "run", resume=True)
-    whole = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     assert all(weight.equal(again.state_dict()[name]) for name, weight in whole.items())
 
 

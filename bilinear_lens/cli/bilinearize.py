@@ -40,7 +40,10 @@ def bilinearize(
     n_ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = LEARNING_RATE,
     anneal: Annotated[
-        float, typer.Option(help="Share of the steps over which beta falls from 1 to 0.")
+        float,
+        typer.Option(
+            help="Share of the steps over which beta falls from 1 to 0; 0 starts with linear gates."
+        ),
     ] = RECOMMENDED.anneal,
     schedule: Annotated[
         str, typer.Option(help="linear, cosine, exponential or smootherstep.")
@@ -59,7 +62,11 @@ def bilinearize(
         ),
     ] = RECOMMENDED.least_squares,
     distill: Annotated[
-        float, typer.Option(help="Weight of the KL divergence from the original, at first.")
+        float,
+        typer.Option(
+            help="Weight of the KL divergence from the original in the loss that is trained on and "
+            "logged, at first."
+        ),
     ] = RECOMMENDED.distill,
     distill_end: Annotated[
         float, typer.Option(help="The same at the last step.")

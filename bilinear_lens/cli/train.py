@@ -49,7 +49,7 @@ def language(
         int, typer.Option(help="Tokens of the BPE tokenizer trained on the text.")
     ] = LanguageRecipe.vocab_size,
     activation: Annotated[
-        str, typer.Option(help="Of the gate: linear (bilinear), silu, relu or gelu.")
+        str, typer.Option(help="Of the gate: linear (bilinear), silu, relu, gelu, ...")
     ] = LanguageRecipe.activation,
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = LanguageRecipe.epochs,
     tokens: Annotated[
@@ -86,7 +86,7 @@ def language(
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="Also train a model with this activation in its gate (silu, relu, gelu, linear), "
+            help="Also train a model with this activation in its gate (silu, relu, gelu, ...), "
             "into OUT-swiglu and so on. May be repeated."
         ),
     ] = None,

@@ -35,7 +35,7 @@ from transformers import (
 from bilinear_lens.models import authors
 from bilinear_lens.models.vocabulary import check_tokenizer
 
-BUILT_IN = ("tinystories-1l", "tinystories-4l")
+BUILT_IN = ("tinystories-1l", "tinystories-4l", "stories260k-bilinear")
 BUILT_IN_CLASSIFIERS = ("mnist-1l",)
 BUILT_IN_GATED = ("stories260k",)
 """With an activation in their gates: to be made bilinear."""

@@ -62,7 +62,7 @@ def push_to_hub(
         )
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise ValueError(
-            f"Cannot push to {repo_id!r} on the Hugging Face Hub: {' '.join(str(error).split())} "
+            f"Cannot push to {repo_id!r} on the Hugging Face Hub: {' '.join(str(error).split())}. "
             "Check the network, and that `hf auth login` (or token=) gave a token that may write."
         ) from error
     return url
@@ -87,7 +87,7 @@ def _check_pushable(folder: Path, repo_id: str) -> None:
     if not card.is_file() or not card.read_text(encoding="utf-8").strip():
         raise ValueError(
             f"{folder} has no model card: write a README.md that says how the model was made, on "
-            "what data, and what it cost. `bilinear-lens train` writes one."
+            "what data, and what it cost. `bilinear-lens train` and `bilinearize` write one."
         )
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} is no name on the Hub: give user/name.")

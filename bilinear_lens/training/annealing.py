@@ -32,12 +32,13 @@ class GateAnnealing(TrainerCallback):
         model: a Hugging Face model with gated MLPs; its gates are replaced in place, and at first
             compute the same.
         share: of the steps, over which beta falls from 1 to 0; 0 makes the gates linear at once.
-        schedule: a name in `SCHEDULES`.
+        schedule: linear, cosine, exponential or smootherstep.
         layer_by_layer: the layers become linear one after the other, from the first on, in equal
             parts of `share`; otherwise all together.
         learn_scale: whether each neuron's scale is trained.
         shifts: for each layer, what its gate's weights move by as beta falls, [d_mlp, d_model]
-            (with a bias in the gate, another column); see `least_squares_shifts`.
+            (with a bias in the gate, another column); see
+            `training.gates.least_squares_shifts`.
 
     Raises:
         ValueError: if the model has no gated MLPs, an option is out of range, or 16-bit weights
@@ -144,4 +145,4 @@ def check_schedule(schedule: str, share: float) -> None:
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}.")
     if not 0 <= share <= 1:
-        raise ValueError(f"anneal={share} must be a share of the steps, from 0 to 1.")
+        raise ValueError(f"{share} must be a share of the steps to anneal over, from 0 to 1.")

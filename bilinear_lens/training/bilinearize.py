@@ -109,7 +109,11 @@ def bilinearize(
     The gate becomes `scale * z * sigmoid(beta z)` with beta from 1 to 0, or its like for GELU and
     ReLU, and is linear from then on; the scales are folded into the weights at the end. This is
     the annealing of arXiv 2410.08417, its section on finetuning, with what later work adds:
-    schedules, a least-squares start and distillation.
+    schedules, a least-squares start and distillation. The recommended recipe does without
+    annealing, `anneal=0`: beta is 0 from the first step on.
+
+    The loss that is logged is the one that is trained on: with distillation that is no
+    language-model loss, and grows while its weight falls. Evaluation gives the latter.
 
     Args:
         model: a Hugging Face causal language model whose layers all have gated MLPs: Llama,

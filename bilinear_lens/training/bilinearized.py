@@ -175,7 +175,8 @@ tags: [bilinear, interpretability]
 {int(ours["steps"]):,} steps, {n_tokens:,} tokens, seed {int(ours["seed"])}.
 **Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.
 
-What it cost, on held-out text; every model was trained on the same text with the same settings \
+What it cost, on held-out text; every model was trained on the same text with the same arguments, \
+and least squares, annealing and distillation are this model's alone \
 ("cost" is the loss minus that of the original, trained on, ± its standard error over \
 {study["seed"].nunique()} seed(s); "choice" is the accuracy of finding, among four, the passage \
 that goes on with a text; `study.csv` has the runs):
@@ -183,9 +184,22 @@ that goes on with a text; `study.csv` has the runs):
 | | nats per token | cost | KL to the original | agreement | choice |
 |---|---|---|---|---|---|
 {rows}
-{made_by(command)}
+{_worse(summary)}{made_by(command)}
 **Use**: `bilinear_lens.HookedBilinearTransformer.from_pretrained(...)`, or
 `transformers.AutoModelForCausalLM.from_pretrained(...)`.
+"""
+
+
+def _worse(summary: pd.DataFrame) -> str:
+    """A warning where the control is no good measure of the cost."""
+    if "continued" not in summary.index:
+        return ""
+    ours, continued, original = summary.loc[[METHODS[0], "continued", "original"], "loss"]
+    if continued <= original:
+        return ""
+    return f"""
+**Mind**: training on made the original worse, so "cost" flatters this model, which is \
+{ours - original:+.4f} from the original. Take more steps, or a lower learning rate.
 """
 
 

@@ -4,12 +4,14 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -71,8 +73,9 @@ def bilinearize_study(
         dataset, recipe, tokenizer, n_ctx: as for `bilinearize`.
         held_out: windows or documents for the figures.
         args: for every run; `output_dir` and the seeds are set for each.
-        choices: questions for `multiple_choice`; None leaves that figure out.
-        methods: some of `METHODS`.
+        choices: questions, of `training.evaluation.continuation_choices`; None leaves that figure
+            out.
+        methods: some of bilinearized, continued, abrupt and scratch.
         eval_windows: how many windows of `held_out` count.
         resume: go on with the study in `out`: what is there is not run again. Seeds and methods
             may be more than before.
@@ -124,29 +127,28 @@ def bilinearize_study(
         _once(out / f"{name}.json", lambda get=get, name=name: {"method": name, **figures(get())})
         for name, get in {"original": lambda: model, "replaced": replaced}.items()
     ]
-    for seed in seeds:
-        for method in methods:
-            folder = study_folder(out, method, seed)
-            if not folder.exists():
-                run_args = replace(
-                    args, output_dir=f"{folder}.checkpoints", seed=seed, data_seed=seed
-                )
-                clock = TrainingClock()
-                trained = _run(method, model, windows, recipe, run_args, clock)
-                row = {
-                    "method": method,
-                    "seed": seed,
-                    **figures(trained),
-                    "steps": clock.state.global_step,
-                    "seconds": training_seconds(clock.state),
-                }
-                if args.process_index == 0:
-                    with write_folder(folder) as partial:
-                        trained.save_pretrained(partial)
-                        (partial / FIGURES).write_text(json.dumps(row, indent=1))
-                    remove_run(Path(f"{folder}.checkpoints"), logs=Path(f"{folder}.logs"))
-                PartialState().wait_for_everyone()
-            rows.append(json.loads((folder / FIGURES).read_text()))
+    progress = tqdm(list(product(seeds, methods)), desc="Runs")
+    for seed, method in progress:
+        progress.set_description(f"Runs: {method}, seed {seed}")
+        folder = study_folder(out, method, seed)
+        if not folder.exists():
+            run_args = replace(args, output_dir=f"{folder}.checkpoints", seed=seed, data_seed=seed)
+            clock = TrainingClock()
+            trained = _run(method, model, windows, recipe, run_args, clock)
+            row = {
+                "method": method,
+                "seed": seed,
+                **figures(trained),
+                "steps": clock.state.global_step,
+                "seconds": training_seconds(clock.state),
+            }
+            if args.process_index == 0:
+                with write_folder(folder) as partial:
+                    trained.save_pretrained(partial)
+                    (partial / FIGURES).write_text(json.dumps(row, indent=1))
+                remove_run(Path(f"{folder}.checkpoints"), logs=Path(f"{folder}.logs"))
+            PartialState().wait_for_everyone()
+        rows.append(json.loads((folder / FIGURES).read_text()))
     if args.process_index == 0:
         note_end(out)
     return pd.DataFrame(rows)

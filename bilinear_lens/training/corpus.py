@@ -113,8 +113,8 @@ def held_out_documents(
         names = [text] if isinstance(text, str | Path) else text
         if isinstance(text, Dataset | IterableDataset) or any(Path(str(n)).exists() for n in names):
             raise ValueError(
-                "held_out is missing: give other text for the reported loss. Only the name of a "
-                "dataset may do without, which then gives its own validation split."
+                "held_out is missing (--held-out): give other text for the reported loss. Only the "
+                "name of a dataset may do without, which then gives its own validation split."
             )
         whole = [str(name).partition("@")[0] for name in names]
         remedy = (

@@ -41,7 +41,7 @@ class DistillationLoss(TrainerCallback):
     ) -> None:
         check_weights(weight, weight if end is None else end)
         if weight == 0:
-            raise ValueError("distill=0 is no distillation: leave the loss out.")
+            raise ValueError("A weight of 0 is no distillation: leave the loss out.")
         if student.config.vocab_size != teacher.config.vocab_size:
             raise ValueError(
                 f"The teacher has {teacher.config.vocab_size} tokens, the student "
@@ -124,4 +124,4 @@ def check_weights(start: float, end: float) -> None:
         ValueError: naming them.
     """
     if not (0 <= start <= 1 and 0 <= end <= 1):
-        raise ValueError(f"distill={start} and distill_end={end} must be weights from 0 to 1.")
+        raise ValueError(f"Weights of distillation, {start} to {end}, must be from 0 to 1.")

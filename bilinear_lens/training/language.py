@@ -31,6 +31,7 @@ from bilinear_lens.training.recipe import LanguageRecipe, gate_name
 from bilinear_lens.training.regularisers import latent_noise
 from bilinear_lens.training.runs import (
     NOTE,
+    NoCheckpointAtEnd,
     StopIfNotFinite,
     check_reporting,
     check_run_folder,
@@ -246,7 +247,7 @@ def _train(
         train_dataset=corpus.windows,  # pyright: ignore[reportArgumentType]
         eval_dataset=corpus.held_out,
         data_collator=default_data_collator,
-        callbacks=[StopIfNotFinite(), TrainingClock()],
+        callbacks=[StopIfNotFinite(), NoCheckpointAtEnd(), TrainingClock()],
     )
     model: PreTrainedModel = trainer.model  # pyright: ignore[reportAssignmentType]
     if recipe.bf16:

@@ -75,6 +75,14 @@ class StopIfNotFinite(TrainerCallback):
         )
 
 
+class NoCheckpointAtEnd(TrainerCallback):
+    """Leaves out the checkpoint of the last step, from which a resumed Trainer takes one more."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
 def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
     """Refuse a folder of checkpoints in use, or one whose run this one does not go on with.
 
@@ -111,10 +119,16 @@ def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> N
     asked = json.loads(json.dumps(run))
     differing = [key for key in {**noted, **asked} if noted.get(key) != asked.get(key)]
     if differing:
+        values = [f"{key} ({_shown(noted, key)}, not {_shown(asked, key)})" for key in differing]
         raise ValueError(
-            f"{folder} holds another run: {', '.join(sorted(differing))} differ. Resume with what "
+            f"{folder} holds another run: {', '.join(sorted(values))}. Resume with what "
             f"{note} says, or remove that folder."
         )
+
+
+def _shown(run: Mapping[str, Any], key: str) -> str:
+    shown = json.dumps(run.get(key))
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
 def note_run(folder: Path, run: Mapping[str, Any]) -> None:
@@ -224,7 +238,7 @@ def train(
         train_dataset=windows,  # pyright: ignore[reportArgumentType]
         eval_dataset=held_out,  # pyright: ignore[reportArgumentType]
         data_collator=with_labels,
-        callbacks=[StopIfNotFinite(), *callbacks],
+        callbacks=[StopIfNotFinite(), NoCheckpointAtEnd(), *callbacks],
         compute_loss_func=loss,
     )
     whole = _copy_without_hooks(model) if trainer.is_fsdp_enabled else None
