@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import bilinear_lens as bl
-from bilinear_lens.models.checkpoints import BUILT_IN, built_in
+from bilinear_lens.models.checkpoints import built_in
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,10 +87,22 @@ def test_names_and_files_exist():
 
 
 def test_the_models_losses_are_those_of_their_cards():
-    for name in BUILT_IN:
+    for name in ("tinystories-1l", "tinystories-4l"):
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
         card = (built_in(name) / "README.md").read_text()
         ours, twin = re.findall(r"^\| .* \| (\d\.\d{4}) \| (\d\.\d{4}) \|$", card, re.MULTILINE)
         assert [*ours, *twin] == re.findall(r"\d\.\d{4}", row)
         (parameters,) = re.findall(r"([\d,]+) parameters", card)
         assert parameters in row
+
+
+def test_the_converted_models_figures_are_those_of_its_card():
+    card = (built_in("stories260k-bilinear") / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (?:the )?([^|]*) \| (\d\.\d{4}) ", card, re.MULTILINE))
+    original, converted = rows["original"], rows["this model"]
+    assert f"{original} and {converted} nats per token" in README
+    shown = [original, rows["original, without its activation"], converted]
+    shown.append(rows["original, trained on"])
+    assert "| " + " | ".join(f"{float(loss):.3f}" for loss in shown) + " |" in README
+    cost = float(converted) - float(rows["original, trained on"])
+    assert f"{cost:.3f}".lstrip("0") + " behind" in README
