@@ -78,7 +78,7 @@ def test_the_card_warns_where_training_on_made_the_original_worse(converted):
     losses = {"original": 1.5, "bilinearized": 1.75}
     for continued, warns in ((1.4, False), (1.625, True)):
         found = losses | {"continued": continued}
-        changed = study.assign(loss=study["method"].map(pd.Series(found)).fillna(2.0))
+        changed = study.assign(loss=[found.get(method, 2.0) for method in study["method"]])
         card = bilinearized.bilinearized_card("name", study=changed, **options)
         assert ("is +0.2500 from the original" in " ".join(card.split())) == warns
 
