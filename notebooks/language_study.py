@@ -45,8 +45,8 @@ TWIN = LanguageRecipe(
 
 NOISES, DECAYS = (0.0, 0.1, 0.33), (0.0, 0.1, 1.0)
 SMALL = {"n_layers": 2, "d_model": 128, "d_mlp": 384, "n_heads": 4, "vocab_size": 1024}
-SMALL |= {"tokens": 2_000_000, "batch_size": 8, "learning_rate": 4e-3}
-"""A thousand small steps rather than a few large ones: decay is by the step."""
+SMALL |= {"tokens": 1_000_000, "batch_size": 8, "learning_rate": 4e-3}
+"""Many small steps rather than a few large ones: decay is by the step."""
 
 STUDIES = ["recipes", "conversion", "twin", "long", "reading", "regularisers"]
 KEYS = ["study", "model", "label", "method", "budget", "seed", "layer", "quantity"]

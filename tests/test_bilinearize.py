@@ -469,18 +469,18 @@ def no_training(monkeypatch):
 def test_recipes_out_of_range_are_refused():
     changes: list[tuple[dict[str, Any], str]] = [
         ({"schedule": "steep"}, "'steep'.*linear, cosine"),
-        ({"anneal": 1.5}, "anneal=1.5"),
-        ({"anneal": -0.1}, "anneal=-0.1"),
-        ({"anneal": math.nan}, "anneal=nan"),
-        ({"distill": 2.0}, "distill=2.0"),
-        ({"distill": -1.0}, "distill=-1.0"),
-        ({"distill": math.nan}, "distill=nan"),
+        ({"anneal": 1.5}, r"1\.5 must be a share"),
+        ({"anneal": -0.1}, "-0.1 must be a share"),
+        ({"anneal": math.nan}, "nan must be a share"),
+        ({"distill": 2.0}, r"distillation, 2\.0 to"),
+        ({"distill": -1.0}, "distillation, -1.0 to"),
+        ({"distill": math.nan}, "distillation, nan to"),
         ({"train": "attention"}, "train='attention'.*'gate'"),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             BilinearizeRecipe(**change)
-    with pytest.raises(ValueError, match=r"anneal=7.*from 0 to 1"):
+    with pytest.raises(ValueError, match=r"7 must be a share.*from 0 to 1"):
         GateAnnealing(llama(), share=7)
     with pytest.raises(ValueError, match=", ".join(SCHEDULES)):
         GateAnnealing(llama(), share=0.5, schedule="steep")

@@ -115,7 +115,7 @@ def test_the_teacher_reads_what_the_student_reads():
 @pytest.mark.parametrize("weight", [-0.5, 1.5, float("nan")])
 def test_a_weight_out_of_range_is_refused(weight):
     student, teacher = models()
-    with pytest.raises(ValueError, match=rf"distill={weight}"):
+    with pytest.raises(ValueError, match=rf"{weight} to {weight}, must be from 0 to 1"):
         DistillationLoss(student, teacher, weight=weight)
     assert not student._forward_pre_hooks
 

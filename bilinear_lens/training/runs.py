@@ -119,16 +119,17 @@ def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> N
     asked = json.loads(json.dumps(run))
     differing = [key for key in {**noted, **asked} if noted.get(key) != asked.get(key)]
     if differing:
-        values = [f"{key} ({_shown(noted, key)}, not {_shown(asked, key)})" for key in differing]
+        shown = sorted(_difference(key, noted.get(key), asked.get(key)) for key in differing)
         raise ValueError(
-            f"{folder} holds another run: {', '.join(sorted(values))}. Resume with what "
-            f"{note} says, or remove that folder."
+            f"{folder} holds another run: {', '.join(shown)} differ. Resume with what {note} says, "
+            "or remove that folder."
         )
 
 
-def _shown(run: Mapping[str, Any], key: str) -> str:
-    shown = json.dumps(run.get(key))
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+def _difference(key: str, noted: Any, asked: Any) -> str:
+    """A key, with both values where they are short."""
+    values = json.dumps(noted), json.dumps(asked)
+    return key if max(map(len, values)) > 20 else f"{key} ({values[0]}, not {values[1]})"
 
 
 def note_run(folder: Path, run: Mapping[str, Any]) -> None:
