@@ -265,6 +265,7 @@ def _all_values(
 
 def _concentration(values: Float[Tensor, "n k"]) -> pd.DataFrame:
     """A row for each spectrum: its effective rank, and the shares of its top eigenvectors."""
+    values = values.double()  # pandas shows all digits of float32, rounded or not
     squares = values.square().sort(dim=1, descending=True).values
     shares = {f"top_{k}": squares[:, :k].sum(1) / squares.sum(1) for k in TOPS}
     return pd.DataFrame({"effective_rank": effective_ranks(values), **shares})
