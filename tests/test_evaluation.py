@@ -290,12 +290,12 @@ def test_another_study_s_folder_is_refused(tmp_path):
     assert begin() == "work has begun"
     assert "unfinished run: resume it" in begin()
     assert begin(resume=True) == "work has begun"
-    assert "another run: recipe " in begin(resume=True, recipe=replace(RECIPE, distill=0.5))
-    assert "another run: held_out " in begin(resume=True, eval_windows=4)
+    assert "another run: recipe differ" in begin(resume=True, recipe=replace(RECIPE, distill=0.5))
+    assert "another run: held_out differ" in begin(resume=True, eval_windows=4)
     other = random_model(gated("llama"), seed=1)
-    assert "another run: model " in begin(resume=True, model=other)
+    assert "another run: model differ" in begin(resume=True, model=other)
     dataset = Dataset.from_dict({"input_ids": some_windows(12, seed=8).tolist()})
-    assert "another run: text " in begin(resume=True, dataset=dataset)
+    assert "another run: text differ" in begin(resume=True, dataset=dataset)
     assert json.loads((tmp_path / "study" / "run.json").read_text())["recipe"]["anneal"] == 0.5
 
 

@@ -194,7 +194,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path
     with pytest.raises(ValueError, match="resume"):
         train_language(tmp_path / "cut", **options)
     other = dict(options, recipe=replace(RECIPE, seed=1))
-    with pytest.raises(ValueError, match="another run: recipe "):
+    with pytest.raises(ValueError, match="another run: recipe differ"):
         train_language(tmp_path / "cut", resume=True, **other)
     (tmp_path / "train.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:20]))
     changed = dict(options, text=[tmp_path / "train.txt"])
@@ -203,7 +203,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_model(whole, texts, tmp_path
     (file,) = texts["text"]
     stories = file.read_text()
     (tmp_path / "train.txt").write_text(stories[:-40] + stories[-40:].upper())
-    with pytest.raises(ValueError, match=r"another run: .*\bwindows "):
+    with pytest.raises(ValueError, match=r"another run: .*\bwindows differ"):
         train_language(tmp_path / "cut", resume=True, **changed)
     train_language(tmp_path / "cut", resume=True, **options)
     assert_same_run(tmp_path / "cut", whole[0] / "model")
@@ -221,7 +221,7 @@ def test_a_run_of_so_many_tokens_resumes_with_its_own_text_alone(texts, tmp_path
         train_language(tmp_path / "cut", **options)
     for other in (stories[50:80], stories[29::-1]):
         file.write_text("<|endoftext|>".join(other))
-        with pytest.raises(ValueError, match=r"another run: .*\bwindows "):
+        with pytest.raises(ValueError, match=r"another run: .*\bwindows differ"):
             train_language(tmp_path / "cut", resume=True, **options)
 
 
@@ -612,10 +612,23 @@ def test_a_run_that_is_done_says_so_and_where(tmp_path):
     ) as caught:
         run(tmp_path / "run")
     assert "unfinished" not in str(caught.value)
-    with pytest.raises(ValueError, match="another run: seed "):
+    with pytest.raises(ValueError, match=r"another run: seed \(42, not 3\) differ"):
         run(tmp_path / "run", resume=True, args={"seed": 3})
     again = run(tmp_path / "run", resume=True)
     assert all(weight.equal(again.state_dict()[name]) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_that_is_done_takes_no_step_too_many_when_resumed(tmp_path, strategy):
+    class Steps(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            ended.append(state.global_step)
+
+    ended: list[int] = []
+    for resume in (False, True):
+        args = {"save_strategy": strategy}
+        run(tmp_path / "run", args=args, callbacks=[Steps()], resume=resume)
+    assert ended == [3, 3]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "float32"])

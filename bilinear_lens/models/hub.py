@@ -61,8 +61,9 @@ def push_to_hub(
             ignore_patterns=["*/*"],
         )
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"Cannot push to {repo_id!r} on the Hugging Face Hub: {' '.join(str(error).split())}. "
+            f"Cannot push to {repo_id!r} on the Hugging Face Hub: {said}. "
             "Check the network, and that `hf auth login` (or token=) gave a token that may write."
         ) from error
     return url

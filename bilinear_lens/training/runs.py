@@ -82,6 +82,8 @@ class NoCheckpointAtEnd(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_save = False
 
+    on_epoch_end = on_step_end  # with checkpoints by the epoch, the last one too
+
 
 def check_run_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
     """Refuse a folder of checkpoints in use, or one whose run this one does not go on with.
