@@ -8,6 +8,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bilinear_lens.cli.options import (
+    DataOption,
+    GradientAccumulationOption,
+    GradientCheckpointingOption,
+    HeldOutOption,
+    ReportToOption,
+    ResumeOption,
+    StreamingOption,
+    TextOption,
+    TokenizerOption,
+)
 from bilinear_lens.training.bilinearize import (
     BATCH_SIZE,
     LEARNING_RATE,
@@ -23,20 +34,14 @@ console = Console(highlight=False)
 def bilinearize(
     model: Annotated[str, typer.Argument(help="A folder or Hub id with a gated model.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the bilinear model.")],
-    text: Annotated[
-        list[str], typer.Option(help="Training text, files or a dataset, as for `train language`.")
-    ],
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="Text for the figures; see `train language`.")
-    ] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read the text while training; needs --steps.")
-    ] = False,
+    text: TextOption,
+    held_out: HeldOutOption = None,
+    streaming: StreamingOption = False,
     steps: Annotated[
         int | None, typer.Option(help="Training steps; otherwise one pass over the text.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once, on each device.")] = BATCH_SIZE,
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    gradient_accumulation: GradientAccumulationOption = 1,
     n_ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = LEARNING_RATE,
     anneal: Annotated[
@@ -83,19 +88,11 @@ def bilinearize(
         ),
     ] = True,
     bf16: Annotated[bool, typer.Option("--bf16", help="Forward passes in bfloat16.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    report_to: Annotated[str, typer.Option(help="none, wandb or tensorboard.")] = "none",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder or Hub id with the tokenizer, not the model's own.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="The text's name, origin and licence, for the model card.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run was cut off.")
-    ] = False,
+    gradient_checkpointing: GradientCheckpointingOption = False,
+    report_to: ReportToOption = "none",
+    tokenizer: TokenizerOption = None,
+    data: DataOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Finetune a gated model (SwiGLU, GeGLU, ReGLU) into a bilinear one, beside controls.
 

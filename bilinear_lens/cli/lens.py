@@ -14,6 +14,7 @@ from rich.table import Table
 
 import bilinear_lens as bl
 from bilinear_lens.analysis.overview import BILINEAR, describe, output_ranks, overview
+from bilinear_lens.cli.options import TokenizerOption
 from bilinear_lens.models.checkpoints import (
     Layout,
     check_new,
@@ -28,11 +29,6 @@ from bilinear_lens.training.text import load_text
 from bilinear_lens.views.report import save_page
 
 console = Console(highlight=False)
-
-TokenizerOption = Annotated[
-    str | None,
-    typer.Option(help="A folder, built-in model or Hub id with the tokenizer, instead of its own."),
-]
 
 CURVE_TEXTS = 100
 """Documents for an ablation curve: enough for an interval, few enough for a minute."""

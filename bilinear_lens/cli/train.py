@@ -9,6 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 
 import bilinear_lens as bl
+from bilinear_lens.cli.options import (
+    DataOption,
+    GradientAccumulationOption,
+    GradientCheckpointingOption,
+    HeldOutOption,
+    ReportToOption,
+    ResumeOption,
+    StreamingOption,
+    TextOption,
+)
 from bilinear_lens.models.fitting import FitRecipe
 from bilinear_lens.training.card import shown_command
 from bilinear_lens.training.language import Equal, train_language
@@ -22,24 +32,9 @@ console = Console(highlight=False)
 @app.command()
 def language(
     out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
-    text: Annotated[
-        list[str],
-        typer.Option(
-            help="Training text: files (.txt, documents separated by <|endoftext|>, or .jsonl, "
-            "plain or .gz, or .parquet; may be repeated), or a dataset's name: tinystories, "
-            "fineweb-edu, owner/name[:configuration], and which part: 'fineweb-edu@train[1000:]'."
-        ),
-    ],
-    held_out: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text for the reported loss, likewise; of a dataset its split validation, which "
-            "is what a named --text needs no --held-out for."
-        ),
-    ] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read the text while training; needs --tokens.")
-    ] = False,
+    text: TextOption,
+    held_out: HeldOutOption = None,
+    streaming: StreamingOption = False,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = LanguageRecipe.n_layers,
     d_model: Annotated[int, typer.Option(help="Width.")] = LanguageRecipe.d_model,
     d_mlp: Annotated[int, typer.Option(help="Hidden width of the MLPs.")] = LanguageRecipe.d_mlp,
@@ -58,12 +53,8 @@ def language(
     batch_size: Annotated[
         int, typer.Option(help="Windows of n-ctx tokens at once, on each device.")
     ] = LanguageRecipe.batch_size,
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Batches a step.")
-    ] = LanguageRecipe.gradient_accumulation,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = LanguageRecipe.gradient_checkpointing,
+    gradient_accumulation: GradientAccumulationOption = LanguageRecipe.gradient_accumulation,
+    gradient_checkpointing: GradientCheckpointingOption = LanguageRecipe.gradient_checkpointing,
     bf16: Annotated[
         bool, typer.Option(help="Forward passes and the saved model in bfloat16, or in float32.")
     ] = LanguageRecipe.bf16,
@@ -93,15 +84,9 @@ def language(
     equal: Annotated[
         Equal, typer.Option(help="What compared models are given as much of.")
     ] = "tokens",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
-    ] = False,
-    report_to: Annotated[
-        str, typer.Option(help="Where to log, too: tensorboard, wandb, ...")
-    ] = "none",
-    data: Annotated[
-        str | None, typer.Option(help="The text's name, origin and licence, for the model card.")
-    ] = None,
+    resume: ResumeOption = False,
+    report_to: ReportToOption = "none",
+    data: DataOption = None,
 ) -> None:
     """Train a small bilinear language model.
 
