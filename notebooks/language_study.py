@@ -25,16 +25,16 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bilinear_lens as bl
+from bilinear_lens.models.checkpoints import load_checkpoint
 from bilinear_lens.training.evaluation import continuation_choices
 from bilinear_lens.training.language import train_language
 from bilinear_lens.training.recipe import LanguageRecipe
 
 SEEDS = range(3)
-STEPS = {"recipes": 500, "conversion": 2000, "twin": 1000, "long": 8000}
-"""Of 16 windows of 256 tokens: from 2 to 33 million tokens, of a text of 4.1 million."""
+STEPS = {"recipes": 500, "conversion": 1000, "twin": 1000, "long": 7000}
+"""Of 16 windows of 256 tokens: from 2 to 29 million tokens, of a text of 4.1 million."""
 
 SETTINGS = {"bf16": True, "disable_tqdm": True}
 
@@ -58,25 +58,32 @@ PLAIN = {"anneal": 0.0, "least_squares": False, "distill": 0.0}
 FITTED = {**PLAIN, "least_squares": True}
 TAUGHT = {**FITTED, "distill": 0.8, "distill_end": 0.0}
 RECIPES: dict[str, tuple[dict, float]] = {
-    "abrupt": (PLAIN, 1e-3),
-    "abrupt, 2e-3": (PLAIN, 2e-3),
-    "abrupt, 4e-3": (PLAIN, 4e-3),
-    "linear .3": ({**PLAIN, "anneal": 0.3}, 1e-3),
-    "linear .6, layer by layer": ({**PLAIN, "anneal": 0.6, "layer_by_layer": True}, 1e-3),
-    "linear .3, scales": ({**PLAIN, "anneal": 0.3, "learn_scale": True}, 1e-3),
-    "fitted": (FITTED, 1e-3),
-    "fitted, 2e-3": (FITTED, 2e-3),
-    "fitted, MLPs alone": ({**FITTED, "train": "mlp"}, 1e-3),
-    "fitted, linear .3": ({**FITTED, "anneal": 0.3}, 1e-3),
-    "fitted, cosine .3": ({**FITTED, "anneal": 0.3, "schedule": "cosine"}, 1e-3),
-    "fitted, exponential .3": ({**FITTED, "anneal": 0.3, "schedule": "exponential"}, 1e-3),
-    "fitted, distilled .5": ({**FITTED, "distill": 0.5, "distill_end": 0.5}, 1e-3),
-    "fitted, distilled 1": ({**FITTED, "distill": 1.0, "distill_end": 1.0}, 1e-3),
-    "fitted, distilled .8 to 0": (TAUGHT, 1e-3),
-    "fitted, distilled .8 to 0, 2e-3": (TAUGHT, 2e-3),
-    "distilled .8 to 0": ({**TAUGHT, "least_squares": False}, 1e-3),
+    "abrupt": (PLAIN, 2e-3),
+    "abrupt, 1e-3": (PLAIN, 1e-3),
+    "abrupt, 3e-3": (PLAIN, 3e-3),
+    "linear .3": ({**PLAIN, "anneal": 0.3}, 2e-3),
+    "linear .3, scales": ({**PLAIN, "anneal": 0.3, "learn_scale": True}, 2e-3),
+    "linear .6, layer by layer": ({**PLAIN, "anneal": 0.6, "layer_by_layer": True}, 2e-3),
+    "fitted": (FITTED, 2e-3),
+    "fitted, linear .3": ({**FITTED, "anneal": 0.3}, 2e-3),
+    "fitted, cosine .3": ({**FITTED, "anneal": 0.3, "schedule": "cosine"}, 2e-3),
+    "fitted, distilled .8 to 0, 1e-3": (TAUGHT, 1e-3),
+    "fitted, distilled .8 to 0": (TAUGHT, 2e-3),
+    "fitted, distilled .8 to 0, 4e-3": (TAUGHT, 4e-3),
+    "fitted, distilled .8 to 0, linear .3": ({**TAUGHT, "anneal": 0.3}, 2e-3),
+    "fitted, distilled .8 to 0, cosine .3": (
+        {**TAUGHT, "anneal": 0.3, "schedule": "cosine"},
+        2e-3,
+    ),
+    "fitted, distilled .8 to 0, MLPs alone": ({**TAUGHT, "train": "mlp"}, 2e-3),
+    "fitted, distilled .5": ({**TAUGHT, "distill": 0.5, "distill_end": 0.5}, 2e-3),
+    "fitted, distilled 1": ({**TAUGHT, "distill": 1.0, "distill_end": 1.0}, 2e-3),
+    "distilled .8 to 0": ({**TAUGHT, "least_squares": False}, 2e-3),
 }
 """Changes to the recipe, and the learning rate. "fitted" is by least squares."""
+
+CONTINUED = {f"continued, {rate:g}": rate for rate in (5e-4, 1e-3, 2e-3)}
+"""Learning rates for the control that the others are measured against."""
 
 CONTROLS = {"continued": 1e-3, "abrupt": 3e-3, "scratch": 3e-3}
 """At the learning rate that suits each of them best."""
@@ -99,11 +106,11 @@ class Conversion:
 
     def run(self, data: Path, models: Path) -> pd.DataFrame:
         folder = {"stories260K": data / "checkpoints/stories260K", "twin": models / "twin"}
-        tokenizer = AutoTokenizer.from_pretrained(folder[self.model])
+        model, tokenizer = load_checkpoint(folder[self.model])
         held_out = bl.load_text(data / "tinystories/heldout.txt.gz")
         out = models / self.folder()
         table = bl.bilinearize_study(
-            AutoModelForCausalLM.from_pretrained(folder[self.model], dtype=torch.float32),
+            model.float(),
             bl.load_text(data / "tinystories/train.txt.gz"),
             held_out,
             args=bl.recommended_arguments(
@@ -265,6 +272,12 @@ def jobs(studies: list[str]) -> list[Conversion | Reading | Regularised]:
                 {"learning_rate": rate},
             )
             for label, (recipe, rate) in RECIPES.items()
+        ]
+        + [
+            Conversion(
+                "recipes", "stories260K", label, "continued", 0, PLAIN, {"learning_rate": rate}
+            )
+            for label, rate in CONTINUED.items()
         ],
         "conversion": [
             job for seed in SEEDS for job in conversions("conversion", "stories260K", seed)

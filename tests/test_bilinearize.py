@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -250,9 +251,32 @@ def test_windows_need_no_labels_and_may_be_a_stream(tmp_path):
 
 def test_a_stream_shorter_than_the_run_begins_again(tmp_path):
     losses = Losses()
-    short = windows(6).to_iterable_dataset()
+    short = windows(8).to_iterable_dataset()
     convert(tmp_path / "run", short, args={"max_steps": 7}, callbacks=[losses])
     assert len(losses.rows) == 7
+
+
+def test_all_runs_read_a_stream_in_the_same_order(tmp_path):
+    read: dict[str, list] = {"ours": [], "control": []}
+
+    class Reads(TrainerCallback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+            def keep(module, args, kwargs) -> None:
+                read[self.name].append(kwargs["input_ids"].tolist())
+
+            model.register_forward_pre_hook(keep, with_kwargs=True)  # pyright: ignore[reportOptionalMemberAccess]
+
+    stream = windows().to_iterable_dataset().with_format("torch")
+    recipe = replace(EVERYTHING, distill=0.0)
+    convert(tmp_path / "ours", stream, recipe=recipe, callbacks=[Reads("ours")])
+    control, args = [Reads("control")], arguments(tmp_path / "control")
+    runs.train(llama(), stream, args=args, note={}, callbacks=control)
+    assert read["ours"] == read["control"] and len(read["ours"]) == 6
+    in_order = [row.tolist() for row in windows().with_format("torch")[:4]["input_ids"]]
+    assert read["ours"][0] != in_order
 
 
 def test_accumulation_and_checkpointing_change_nothing(tmp_path):
@@ -450,8 +474,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_what_was_good(tmp_pat
 
 def test_an_absurd_learning_rate_is_named(tmp_path):
     args = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-    with pytest.raises(ValueError, match=r"learning rate 1e\+30\. No checkpoint.*lower learning"):
+    with pytest.raises(ValueError, match=r"learning rate 1e\+30\. No good one.*lower learning"):
         convert(tmp_path / "run", args=args)
+
+
+def test_a_checkpoint_with_weights_that_are_no_good_is_not_called_good(tmp_path):
+    """Of the step whose update took the weights too far: its gradient was finite."""
+    args = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "steps"}
+    with pytest.raises(ValueError, match=r"not finite after 1 steps.*No good one was saved yet"):
+        convert(tmp_path / "run", args={**args, "learning_rate": 1e19, "save_steps": 1})
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
+    assert last_checkpoint(tmp_path / "run", before=1) is None
 
 
 def fault(folder, dataset=None, **options) -> str:
@@ -469,6 +502,8 @@ def no_training(monkeypatch):
 def test_recipes_out_of_range_are_refused():
     changes: list[tuple[dict[str, Any], str]] = [
         ({"schedule": "steep"}, "'steep'.*linear, cosine"),
+        ({"schedule": "cosine"}, "schedule='cosine'.*anneal=0 gates are not annealed"),
+        ({"layer_by_layer": True}, "layer_by_layer=True.*anneal=0 gates are not annealed"),
         ({"anneal": 1.5}, r"1\.5 must be a share"),
         ({"anneal": -0.1}, "-0.1 must be a share"),
         ({"anneal": math.nan}, "nan must be a share"),
@@ -504,16 +539,35 @@ def test_data_that_cannot_be_trained_on_is_refused(tokenizer, bigrams, tmp_path,
     assert "no window" in fault(folder, short.to_iterable_dataset(), **given)
     assert "have 1 tokens" in fault(folder, windows(length=1))
     uneven = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]]})
-    assert "have 2, 3 tokens" in fault(folder, uneven)
-    assert "token 37; the model has 37" in fault(
-        folder, Dataset.from_dict({"input_ids": [[1, 37]]})
-    )
+    assert "from 2 to 3 tokens: they must be equally long" in fault(folder, uneven)
+    for strange in (37, -1):  # in the last of many
+        tokens = Dataset.from_dict({"input_ids": [*windows(20)[:]["input_ids"], [strange] * 12]})
+        assert "tokens from" in (said := fault(folder, tokens)) and "the model has 37" in said
+    masks = [[1] * 12] * 39 + [[1] * 6 + [0] * 6]
+    padded = windows().add_column("attention_mask", masks)  # pyright: ignore[reportCallIssue]
+    assert "have pads" in fault(folder, padded)
     assert "vocab_size=37" in fault(folder, text, tokenizer=tokenizer, n_ctx=16)
     broken = llama()
     with torch.no_grad():
         broken.model.norm.weight[0] = math.nan
     assert "NaN" in fault(folder, model=broken)
     assert not folder.exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_arguments_that_leave_nothing_to_do_are_refused(tmp_path, monkeypatch):
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs=0"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be above 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+    ]
+    for change, message in changes:
+        assert re.search(message, fault(tmp_path / "run", args=change))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    assert "sees 2 GPUs" in fault(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_training")

@@ -127,6 +127,9 @@ def test_the_command_names_its_faults_in_one_line(texts, tmp_path):
     assert "held_out is missing" in fault("stories260k", tmp_path / "new")
     assert "must be a share" in fault("stories260k", tmp_path / "new", *held_out, "--anneal", 2)
     assert "schedule='no'" in fault("stories260k", tmp_path / "new", *held_out, "--schedule", "no")
+    for option in ("--steps", "--batch-size", "--gradient-accumulation", "--seeds", "--n-ctx"):
+        command = ["bilinearize", "stories260k", str(tmp_path / "new"), "--text", "a", option, "0"]
+        assert CliRunner().invoke(app, command).exit_code == 2
     assert "No model or folder" in fault(tmp_path / "nothing", tmp_path / "new", *held_out)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 

@@ -287,3 +287,21 @@ def test_folders_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="Cannot write"):
         model.save_pretrained(tmp_path / "file" / "folder")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_tokenizer_of_stories260k_is_sentencepiece_s():
+    """Ids of `spm_encode` with the model's own file: a text begins with a space."""
+    for name in ("stories260k", "stories260k-bilinear"):
+        _, tokenizer = load_checkpoint(name)
+        assert tokenizer is not None
+        assert tokenizer("Once upon a time")["input_ids"] == [403, 407, 261, 378]
+        assert tokenizer.decode([403, 407, 261, 378]) == "Once upon a time"
+
+
+def test_a_bare_sentencepiece_file_is_read_as_it_means():
+    folder = Path(__file__).parents[2] / "shared" / "data" / "checkpoints" / "stories260K"
+    if not folder.exists():
+        pytest.skip("needs ../shared/data/checkpoints/stories260K")
+    _, tokenizer = load_checkpoint(folder)
+    assert tokenizer is not None
+    assert tokenizer("Once upon a time")["input_ids"] == [403, 407, 261, 378]

@@ -159,6 +159,7 @@ def test_the_weight_falls_along_a_straight_line():
 def test_no_weight_is_no_distillation():
     with pytest.raises(ValueError, match="leave the loss out"):
         DistillationLoss(*models(), weight=0.0)
+    DistillationLoss(*models(), weight=0.0, end=0.5)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():

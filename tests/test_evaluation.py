@@ -278,6 +278,9 @@ def test_what_is_no_study_is_refused(tmp_path):
     assert "No method ['distilled']: there are bilinearized" in fault(methods=("distilled",))
     assert "0 gated MLPs" in fault(model=random_model(gpt2))
     assert "no window" in fault(held_out=Dataset.from_dict({"input_ids": []}))
+    assert "max_steps=0" in fault(args={"max_steps": 0})
+    assert "seeds=[]" in fault(seeds=()) and "seeds=[1, 1]" in fault(seeds=(1, 1))
+    assert not (tmp_path / "study").exists()  # so that the mended call is no second one
 
 
 @pytest.mark.usefixtures("no_runs")

@@ -13,6 +13,7 @@ from models import CONFIGS, SIZES, gated, loaded_with_report, random_model, some
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
+    Gemma3nTextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.activations import ACT2FN
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
 import bilinear_lens as bl
 from bilinear_lens.training import gates
@@ -158,6 +160,20 @@ def test_other_mlps_are_refused_and_left_as_they_were(config):
     ):
         anneal_gates(model)
     assert [type(module) for module in model.modules()] == before
+
+
+def test_an_mlp_that_does_more_than_its_parts_is_refused():
+    """Gemma 3n's first layers let only the neurons of the largest gates through."""
+    mlp = Gemma3nTextMLP(
+        Gemma3nTextConfig(hidden_size=24, intermediate_size=[40], num_hidden_layers=1)
+    )
+    mlp.activation_sparsity = 0.0
+    model = random_model(gated("llama"))
+    model.model.layers[1].mlp = mlp
+    assert len(gated_mlps(model)) == 3  # without that it is a gated MLP like others
+    mlp.activation_sparsity = 0.9
+    with pytest.raises(ValueError, match=r"Gemma3nTextMLP is not down\(activation"):
+        gated_mlps(model)
 
 
 @pytest.mark.parametrize("activation", ["mish", "tanh", "linear"])

@@ -38,11 +38,13 @@ def bilinearize(
     held_out: HeldOutOption = None,
     streaming: StreamingOption = False,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps; otherwise one pass over the text.")
+        int | None, typer.Option(min=1, help="Training steps; otherwise one pass over the text.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once, on each device.")] = BATCH_SIZE,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Windows at once, on each device.")
+    ] = BATCH_SIZE,
     gradient_accumulation: GradientAccumulationOption = 1,
-    n_ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    n_ctx: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = LEARNING_RATE,
     anneal: Annotated[
         float,
@@ -79,7 +81,7 @@ def bilinearize(
     train: Annotated[
         str, typer.Option(help="Which weights: all, mlp or gate.")
     ] = RECOMMENDED.train,
-    seeds: Annotated[int, typer.Option(help="Seeds, for an interval.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds, for an interval.")] = 1,
     controls: Annotated[
         bool,
         typer.Option(

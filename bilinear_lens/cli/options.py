@@ -27,7 +27,7 @@ StreamingOption = Annotated[
     bool,
     typer.Option("--streaming", help="Read the text while training; needs --steps or --tokens."),
 ]
-GradientAccumulationOption = Annotated[int, typer.Option(help="Batches a step.")]
+GradientAccumulationOption = Annotated[int, typer.Option(min=1, help="Batches a step.")]
 GradientCheckpointingOption = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
 ]

@@ -27,6 +27,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -102,7 +103,7 @@ def load_checkpoint(
             f"in the layout of the paper's authors (which has {', '.join(authors.KEYS)})."
         )
     if tokenizer is not None:
-        given = _given_tokenizer(tokenizer)
+        given = load_tokenizer(tokenizer)
         check_tokenizer(given, model.config.vocab_size)
         return model, given
     return model, _found_tokenizer(named_tokenizer, local_only=not on_hub)
@@ -336,12 +337,25 @@ def _load_hugging_face(
     return model
 
 
-def _given_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if (Path(folder) / "tokenizer.model").exists() and not any(map(Path.exists, files)):
+        # AutoTokenizer does not read from SentencePiece's file that a text begins with a space
+        return LlamaTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder, a built-in name or a Hub id, or itself.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     try:
         folder, _ = _folder(tokenizer, None)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return _read_tokenizer(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"Cannot load the tokenizer {str(tokenizer)!r}: {error}") from error
 
@@ -354,6 +368,6 @@ def _found_tokenizer(name: str | Path, *, local_only: bool) -> PreTrainedTokeniz
         if not isinstance(name, Path):
             # Transformers asks the network about a name even where it may use local files only
             name = _snapshot(name, local_files_only=local_only)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return _read_tokenizer(name)
     except (OSError, ValueError, KeyError, HfHubHTTPError, StrictDataclassError):
         return None

@@ -8,7 +8,16 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from bilinear_lens.models.checkpoints import check_weight_files, pickles, read_config
 
-PUSHED = ("README.md", "LICENSE*", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+PUSHED = (
+    "README.md",
+    "LICENSE*",
+    "*.json",
+    "*.csv",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+)
 """What a saved model is made of; nothing else that lies in its folder is uploaded."""
 
 

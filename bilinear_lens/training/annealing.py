@@ -112,10 +112,8 @@ class GateAnnealing(TrainerCallback):
             # rounded as the buffer is, so that a resumed run moves by the same steps
             beta = torch.tensor(self.beta(progress, layer), dtype=torch.float32).item()
             fallen, self._betas[layer] = self._betas[layer] - beta, beta
-            if not fallen:
-                continue
-            mlp.annealed.beta.fill_(beta)
-            if self.shifts is not None:
+            mlp.annealed.set(beta)
+            if fallen and self.shifts is not None:
                 shift, d_in = self.shifts[layer].to(mlp.gate.weight), mlp.gate.in_features
                 parts = shift[:, :d_in], shift[:, d_in:].squeeze(1)
                 for rows, part in zip(mlp.gate_rows(), parts, strict=False):

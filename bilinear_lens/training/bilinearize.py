@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from bilinear_lens.training.annealing import GateAnnealing, check_schedule
-from bilinear_lens.training.corpus import endless
 from bilinear_lens.training.distillation import DistillationLoss, check_weights
 from bilinear_lens.training.gates import gated_mlps, is_bilinear, least_squares_shifts
 from bilinear_lens.training.runs import train, weights_digest
@@ -57,21 +56,27 @@ class BilinearizeRecipe:
     distill_end: float = 0.0
     """The same at the end: it falls along a straight line."""
     train: Literal["all", "mlp", "gate"] = "all"
-    """Which weights are trained: all, those of the MLPs, or those of their gates."""
+    """Which weights are trained: all, those of the MLPs, or those of their gates (in Phi-3 one
+    weight with the other projection)."""
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule, self.anneal)
+        if not self.anneal and (self.layer_by_layer or self.schedule != "linear"):
+            raise ValueError(
+                f"schedule={self.schedule!r}, layer_by_layer={self.layer_by_layer}: with anneal=0 "
+                "gates are not annealed; give a share of the steps."
+            )
         check_weights(self.distill, self.distill_end)
         if self.train not in ("all", "mlp", "gate"):
             raise ValueError(f"train={self.train!r} must be 'all', 'mlp' or 'gate'.")
 
 
 RECOMMENDED = BilinearizeRecipe()
-"""What did best in short trials on `stories260k`; `notebooks/language_study.py` is the study."""
+"""What did best on `stories260k`; `notebooks/language_study.py` is the study."""
 
 
 def recommended_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments:
-    """Arguments for the Trainer that did best in the same trials.
+    """Arguments for the Trainer that did best in the same study.
 
     Args:
         changes: any of `TrainingArguments`; `max_steps` or `num_train_epochs` at least.
@@ -82,11 +87,11 @@ def recommended_arguments(output_dir: str | Path, **changes: Any) -> TrainingArg
         "warmup_steps": 0.02,
         "adam_beta2": 0.95,
         "per_device_train_batch_size": BATCH_SIZE,
-        "logging_nan_inf_filter": False,  # it waits for the device at each step
+        "logging_nan_inf_filter": False,  # it hides what StopIfNotFinite must see
         "use_cpu": not torch.accelerator.is_available(),
         "logging_steps": 0.01,
         "save_steps": 0.1,
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the last may have been saved with weights that are no good
         "report_to": "none",
     }
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
@@ -145,15 +150,13 @@ def bilinearize(
     if not args.fsdp:  # which spreads the weights itself
         student.to(args.device)  # pyright: ignore[reportArgumentType]
     windows = as_windows(dataset, tokenizer, model=student, n_ctx=n_ctx)
-    if isinstance(windows, IterableDataset):
-        windows = endless(windows, seed=args.seed)
     held_out = eval_dataset
     if held_out is not None:
         held_out = as_windows(held_out, tokenizer, model=student, n_ctx=n_ctx)
     annealing = prepare(student, recipe, windows)
     annealing.check_arguments(args)
     weights = {"weight": recipe.distill, "end": recipe.distill_end}
-    loss = DistillationLoss(student, model, **weights) if recipe.distill else None
+    loss = DistillationLoss(student, model, **weights) if any(weights.values()) else None
     trained = train(
         student,
         windows,

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from bilinear_lens.models.checkpoints import check_new, load_checkpoint, write_folder
 from bilinear_lens.training.bilinearize import (
@@ -157,7 +158,9 @@ def bilinearized_card(
         f"| {row['kl']:.4f} | {row['agreement']:.4f} | {_choice(row)} |"
         for method, row in summary.to_dict("index").items()
     )
-    options = ", ".join(f"{key} {value}" for key, value in asdict(recipe).items())
+    idle = () if recipe.anneal else ("schedule", "layer_by_layer")
+    chosen = {key: value for key, value in asdict(recipe).items() if key not in idle}
+    options = ", ".join(f"{key} {value}" for key, value in chosen.items())
     n_tokens = int(ours["steps"]) * args.train_batch_size * args.world_size * n_ctx
     n_tokens *= args.gradient_accumulation_steps
     return f"""\
@@ -170,7 +173,7 @@ tags: [bilinear, interpretability]
 
 {source}, whose gated MLPs were made bilinear by finetuning: a stock model with a linear gate.
 
-**How**: {options}. AdamW, learning rate {args.learning_rate:g} \
+**How**: {options}. {OptimizerNames(args.optim).value}, learning rate {args.learning_rate:g} \
 ({SchedulerType(args.lr_scheduler_type).value}), weight decay {args.weight_decay:g}, \
 {int(ours["steps"]):,} steps, {n_tokens:,} tokens, seed {int(ours["seed"])}.
 **Data**: {data}. **Time**: {ours["seconds"]:,.0f} seconds on {device_name(args.world_size)}.

@@ -26,7 +26,7 @@ from bilinear_lens.training.bilinearize import RECOMMENDED, BilinearizeRecipe, b
 from bilinear_lens.training.evaluation import Choices, evaluate, multiple_choice
 from bilinear_lens.training.gates import gated_mlps
 from bilinear_lens.training.runs import (
-    check_reporting,
+    check_arguments,
     check_run_folder,
     note_end,
     note_run,
@@ -91,11 +91,13 @@ def bilinearize_study(
     """
     if unknown := set(methods) - set(METHODS):
         raise ValueError(f"No method {sorted(unknown)}: there are {', '.join(METHODS)}.")
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ValueError(f"seeds={list(seeds)} must be different ones, and one at least.")
     gated_mlps(model)
-    check_reporting(args.report_to or "none")
     out = Path(out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     windows = as_windows(dataset, tokenizer, model=model, n_ctx=n_ctx)
+    check_arguments(windows, args)
     held = first_windows(as_windows(held_out, tokenizer, model=model, n_ctx=n_ctx), eval_windows)
     note = {
         "recipe": asdict(recipe),

@@ -6,12 +6,12 @@ from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from bilinear_lens.models.checkpoints import load_tokenizer
 from bilinear_lens.training.card import shown_name
 from bilinear_lens.training.recipe import LanguageRecipe
 from bilinear_lens.training.text import (
-    BATCH,
     batches,
     in_memory,
     load_text,
@@ -19,6 +19,7 @@ from bilinear_lens.training.text import (
     tokens_per_byte,
     train_tokenizer,
 )
+from bilinear_lens.training.windows import endless
 
 TOKENIZER_DOCUMENTS = 100_000
 """Of a stream, which may have no end: a tokenizer is trained on so many."""
@@ -66,10 +67,7 @@ def read_corpus(
             some = some.take(TOKENIZER_DOCUMENTS)
         tok = train_tokenizer(some, vocab_size=recipe.vocab_size, n_ctx=recipe.n_ctx)
     else:
-        try:
-            tok = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot load a tokenizer from {tokenizer}: {error}") from error
+        tok = load_tokenizer(tokenizer)
     shape = {"n_ctx": recipe.n_ctx, "vocab_size": len(tok)}
     windows = pack(documents, tok, **shape)
     if isinstance(windows, IterableDataset):
@@ -85,14 +83,6 @@ def read_corpus(
         pack(held, tok, **shape),
         tokens_per_byte(held, tok),
     )
-
-
-def endless(windows: IterableDataset, *, seed: int) -> IterableDataset:
-    """A stream of windows, shuffled among a thousand, and from the start again where it ends.
-
-    That is one pass without an end: a resumed run skips no further than this pass.
-    """
-    return windows.shuffle(seed=seed, buffer_size=BATCH).repeat(None)
 
 
 def held_out_documents(
@@ -111,6 +101,8 @@ def held_out_documents(
         documents = load_text(held_out, split="validation", streaming=streaming)
     else:
         names = [text] if isinstance(text, str | Path) else text
+        if not names:
+            raise ValueError("text is empty: give files or the name of a dataset.")
         if isinstance(text, Dataset | IterableDataset) or any(Path(str(n)).exists() for n in names):
             raise ValueError(
                 "held_out is missing (--held-out): give other text for the reported loss. Only the "

@@ -23,7 +23,7 @@ class DistillationLoss(TrainerCallback):
         student: the model that is trained.
         teacher: a model of the same vocabulary; it is not trained, teaches without dropout, and
             follows the student's device.
-        weight: of the divergence, above 0 and at most 1; the language-model loss has the rest.
+        weight: of the divergence, from 0 to 1; the language-model loss has the rest.
         end: what the weight has become at the last step, along a straight line; by default it
             stays.
 
@@ -40,12 +40,13 @@ class DistillationLoss(TrainerCallback):
         end: float | None = None,
     ) -> None:
         check_weights(weight, weight if end is None else end)
-        if weight == 0:
+        if not (weight or end):
             raise ValueError("A weight of 0 is no distillation: leave the loss out.")
-        if student.config.vocab_size != teacher.config.vocab_size:
+        ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
+        if ours != theirs:
             raise ValueError(
-                f"The teacher has {teacher.config.vocab_size} tokens, the student "
-                f"{student.config.vocab_size}: give a teacher of the same vocabulary."
+                f"The teacher has {theirs} tokens, the student {ours}: give a teacher of the same "
+                "vocabulary."
             )
         self.teacher = teacher
         self.start, self.end = weight, weight if end is None else end

@@ -42,10 +42,10 @@ def evaluate(
     """
     if not len(windows) or windows.shape[1] < 2:
         raise ValueError(f"Windows of shape {list(windows.shape)} hold no next token to predict.")
-    if model.config.vocab_size != original.config.vocab_size:
+    ours, theirs = (each.config.get_text_config().vocab_size for each in (model, original))
+    if ours != theirs:
         raise ValueError(
-            f"The models have {model.config.vocab_size} and {original.config.vocab_size} tokens: "
-            "their predictions cannot be compared."
+            f"The models have {ours} and {theirs} tokens: their predictions cannot be compared."
         )
     totals = torch.zeros(3, dtype=torch.float64)
     for batch in tqdm(windows.split(batch_size), desc="Evaluating", leave=False):

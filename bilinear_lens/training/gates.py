@@ -72,15 +72,23 @@ class AnnealedGate(nn.Module):
     def __init__(self, activation: str, d_mlp: int, *, learn_scale: bool) -> None:
         super().__init__()
         self.family = FAMILIES[activation]
+        self.learn_scale = learn_scale
         # in float32 beside weights of 16 bits, which could not hold its steps
         if learn_scale:
             self.scale = nn.Parameter(torch.ones(d_mlp))
         else:
             self.register_buffer("scale", torch.ones(d_mlp))
         self.register_buffer("beta", torch.ones(()))  # in checkpoints, so that a run resumes
+        self._linear = False  # known here, so that a linear gate costs no more than one
+
+    def set(self, beta: float) -> None:
+        """Set beta."""
+        self.beta.fill_(beta)
+        self._linear = beta == 0
 
     def forward(self, z: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
-        return (self.scale * self.family(z, self.beta)).to(z.dtype)
+        activated = z / 2 if self._linear else self.family(z, self.beta)
+        return (self.scale * activated).to(z.dtype) if self.learn_scale else activated
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +150,9 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
         fused = "gate_up_proj" in parts
         gate = parts.get("gate_up_proj" if fused else "gate_proj")
         if activation and isinstance(gate, nn.Linear) and "down_proj" in parts:
-            found.append(GatedMLP(module, activation, gate, fused))
+            mlp = GatedMLP(module, activation, gate, fused)
+            _check_product(mlp, parts["down_proj"], parts.get("up_proj"))
+            found.append(mlp)
     n_layers = model.config.get_text_config().num_hidden_layers
     if len(found) != n_layers or mixtures:  # experts can have a gated MLP beside them
         raise ValueError(
@@ -151,6 +161,29 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMLP]:
             "Mistral, Qwen 2 and 3, Gemma and Phi-3 (a plain MLP is none)."
         )
     return found
+
+
+@torch.no_grad()
+def _check_product(mlp: GatedMLP, down: nn.Module, up: nn.Module | None) -> None:
+    """Refuse an MLP that does more than its parts say, such as Gemma 3n's, which leaves out some
+    neurons.
+
+    Raises:
+        ValueError: naming it.
+    """
+    weight = mlp.gate.weight
+    x = torch.linspace(-1, 1, 3 * mlp.gate.in_features).view(3, -1).to(weight)
+    z = mlp.gate(x)
+    z, right = z.chunk(2, dim=-1) if up is None else (z, up(x))
+    parts = down(getattr(mlp.module, mlp.activation)(z) * right)
+    training = mlp.module.training
+    whole = mlp.module.eval()(x)
+    mlp.module.train(training)
+    if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2 * parts.abs().max()):
+        raise ValueError(
+            f"{type(mlp.module).__name__} is not down(activation(gate(x)) * up(x)): between its "
+            "projections there is something else, which a linear gate would leave."
+        )
 
 
 def anneal_gates(model: PreTrainedModel, *, learn_scale: bool = False) -> list[GatedMLP]:

@@ -238,10 +238,9 @@ def _train(
             eval_strategy="steps",
             eval_steps=save_steps,
             save_steps=save_steps,
-            save_total_limit=1,
+            save_total_limit=2,  # the last may have been saved with weights that are no good
             logging_steps=log_steps,
-            # it waits for the device at each step, to hide what StopIfNotFinite must see
-            logging_nan_inf_filter=False,
+            logging_nan_inf_filter=False,  # it hides what StopIfNotFinite must see
             report_to=report_to,
         ),
         train_dataset=corpus.windows,  # pyright: ignore[reportArgumentType]

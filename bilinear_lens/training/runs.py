@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
-from bilinear_lens.training.windows import with_labels
+from bilinear_lens.training.windows import endless, with_labels
 
 NOTE = "run.json"
 """In a folder of checkpoints: what run they are of."""
@@ -46,6 +47,9 @@ _INDIFFERENT = re.compile(
     "|dataloader_(multiprocessing_context|in_order)|ddp_(backend|timeout)|local_rank|use_cpu"
 )
 """Arguments that do not decide what a run makes: where it is, what it says and saves."""
+
+
+_POSITIVE = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class StopIfNotFinite(TrainerCallback):
@@ -67,11 +71,13 @@ class StopIfNotFinite(TrainerCallback):
             self._stop(args, state)
 
     def _stop(self, args, state) -> NoReturn:
-        saved = last_checkpoint(args.output_dir)
-        kept = f"The last good checkpoint is {saved}." if saved else "No checkpoint was saved yet."
+        # one of this very step has the weights that the loss is not finite with
+        saved = last_checkpoint(args.output_dir, before=state.global_step)
+        kept = f"The last good checkpoint is {saved}." if saved else "No good one was saved yet."
         raise ValueError(
             f"The loss or its gradient is not finite after {state.global_step} steps, with "
-            f"learning rate {args.learning_rate:g}. {kept} Start again with a lower learning rate."
+            f"learning rate {args.learning_rate:g}. {kept} Start again with a lower learning rate, "
+            f"in another folder than {args.output_dir}."
         )
 
 
@@ -162,12 +168,18 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """Where a run goes on: its last whole checkpoint, or None where it has none."""
+def last_checkpoint(folder: str | Path, *, before: int | None = None) -> Path | None:
+    """Where a run goes on: its last whole checkpoint, or None where it has none.
+
+    Args:
+        before: a step that it must come before.
+    """
     # the Trainer writes its state last: a folder without, or with a part of it, was cut off
     states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-    whole = [state.parent for state in states if _is_json(state)]
-    return max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
+    whole = {
+        int(state.parent.name.split("-")[1]): state.parent for state in states if _is_json(state)
+    }
+    return whole.get(max((n for n in whole if before is None or n < before), default=-1))
 
 
 def _is_json(file: Path) -> bool:
@@ -193,6 +205,35 @@ def check_reporting(report_to: str | Sequence[str]) -> None:
             )
 
 
+def check_arguments(windows: Dataset | IterableDataset, args: TrainingArguments) -> None:
+    """Refuse what a run cannot be made with.
+
+    Raises:
+        ValueError: if `args.report_to` is not installed, the text is a stream and `args` do not say
+            how many steps, a number is out of range, or the Trainer would copy the model to several
+            devices in one process.
+    """
+    check_reporting(args.report_to or "none")
+    if isinstance(windows, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            "The end of a stream is not known: say in the arguments for how many steps to train "
+            f"(max_steps={args.max_steps})."
+        )
+    for name in _POSITIVE:
+        if (value := getattr(args, name)) <= 0:
+            raise ValueError(f"{name}={value} must be above 0.")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs:g} leave no "
+            "step to take."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, among which the Trainer would split each batch: "
+            "start a process for each, with torchrun or accelerate launch."
+        )
+
+
 def train(
     model: PreTrainedModel,
     windows: Dataset | IterableDataset,
@@ -213,24 +254,25 @@ def train(
         The model; under FSDP, which spreads it over devices, another one with its whole weights.
 
     Raises:
-        ValueError: if `args.output_dir` holds another run, or one and `resume` is False; if
-            `args.report_to` is not installed, or the text is a stream and `args` do not say how
-            many steps; or if the loss is not finite.
+        ValueError: as `check_arguments` does, if `args.output_dir` holds another run, or one and
+            `resume` is False, or if the loss is not finite.
     """
     folder = Path(args.output_dir or "trainer_output")
-    check_reporting(args.report_to or "none")
-    if isinstance(windows, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            "The end of a stream is not known: say in the arguments for how many steps to train "
-            f"(max_steps={args.max_steps})."
+    check_arguments(windows, args)
+    if model.dtype.itemsize < 4:
+        warnings.warn(
+            f"Small steps vanish in {model.dtype} weights: load the model in float32 (bf16=True "
+            "still computes in bfloat16).",
+            stacklevel=3,
         )
     note = {**note, **text_and_arguments(windows, args)}
+    if isinstance(windows, IterableDataset):
+        windows = endless(windows, seed=args.seed)
     if args.process_index == 0:
         check_run_folder(folder, note, resume=resume)
         note_run(folder, note)
     PartialState().wait_for_everyone()
-    # another, since it waits for the device at each step, to hide what StopIfNotFinite must see
-    args = copy.copy(args)
+    args = copy.copy(args)  # another, since it hides what StopIfNotFinite must see
     args.logging_nan_inf_filter = False
     had_cache = vars(model.config).get("use_cache")
     own = {name: each for name, each in vars(model).items() if name == "forward"}

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from jaxtyping import Int
@@ -14,7 +15,9 @@ from transformers import (
     default_data_collator,
 )
 
-from bilinear_lens.training.text import pack
+from bilinear_lens.training.text import BATCH, pack
+
+compute: Any = pyarrow.compute  # its functions are made as it is imported
 
 
 def with_labels(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,6 +49,8 @@ def as_windows(
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if "input_ids" in columns:
         windows = dataset.with_format("torch")
+        if isinstance(dataset, Dataset):
+            _check_rows(dataset, config.vocab_size)
     elif tokenizer is None:
         raise ValueError(
             f"The dataset has the columns {columns}: give windows of token ids (input_ids), or "
@@ -57,11 +62,7 @@ def as_windows(
     read: list[dict[str, Any]] = list(windows.take(4))  # pyright: ignore[reportAssignmentType]
     some = _stack(read)
     _check_length(some.shape[1], config)
-    if int(some.max()) >= config.vocab_size:
-        raise ValueError(
-            f"The windows hold token {int(some.max())}; the model has "
-            f"{config.vocab_size}: its tokenizer is another."
-        )
+    _check_tokens(int(some.min()), int(some.max()), config.vocab_size)
     names = ("input_ids", "attention_mask")
     rows = [{name: row[name] for name in names if name in row} for row in read]
     batch = {name: each.to(model.device) for name, each in with_labels(rows).items()}
@@ -79,7 +80,32 @@ def as_windows(
     return windows
 
 
+def _check_rows(windows: Dataset, vocab_size: int) -> None:
+    """Refuse windows of several lengths, or of tokens that the model does not have."""
+    table: Any
+    for table in windows.select_columns("input_ids").with_format("arrow").iter(BATCH):
+        tokens = table["input_ids"]
+        lengths = compute.min_max(compute.list_value_length(tokens)).as_py()
+        if lengths["min"] != lengths["max"]:
+            raise ValueError(
+                f"The windows have from {lengths['min']} to {lengths['max']} tokens: they must be "
+                "equally long."
+            )
+        ends = compute.min_max(compute.list_flatten(tokens)).as_py()
+        _check_tokens(ends["min"], ends["max"], vocab_size)
+
+
+def _check_tokens(least: int, most: int, vocab_size: int) -> None:
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"The windows hold tokens from {least} to {most}; the model has {vocab_size}: its "
+            "tokenizer is another."
+        )
+
+
 def _check_length(n_ctx: int, config: PreTrainedConfig) -> None:
+    if n_ctx < 2:
+        raise ValueError(f"n_ctx={n_ctx} must be at least 2: a token, and one to predict.")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and n_ctx > longest:
         raise ValueError(
@@ -88,13 +114,27 @@ def _check_length(n_ctx: int, config: PreTrainedConfig) -> None:
         )
 
 
+def endless(windows: IterableDataset, *, seed: int) -> IterableDataset:
+    """A stream of windows, shuffled among a thousand, and from the start again where it ends.
+
+    That is one pass without an end: a resumed run skips no further than this pass.
+    """
+    return windows.shuffle(seed=seed, buffer_size=BATCH).repeat(None)
+
+
 def first_windows(windows: Dataset | IterableDataset, n: int) -> Int[Tensor, "n n_ctx"]:
     """The first `n` windows, or as many as there are.
 
     Raises:
-        ValueError: if there are none, or they cannot be a batch to learn from.
+        ValueError: if there are none, or they cannot be a batch to learn from, or have pads.
     """
-    return _stack(list(windows.take(n)))  # pyright: ignore[reportArgumentType]
+    rows: list[dict[str, Any]] = list(windows.take(n))  # pyright: ignore[reportAssignmentType]
+    if any((row.get("attention_mask", torch.ones(1)) == 0).any() for row in rows):
+        raise ValueError(
+            "Windows for a fit or for figures have pads (attention_mask is 0): give windows "
+            "without, or documents."
+        )
+    return _stack(rows)
 
 
 def _stack(read: list[dict[str, Any]]) -> Int[Tensor, "n n_ctx"]:
