@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 import bilinear_lens as bl
 from bilinear_lens.cli import app
+from bilinear_lens.models.checkpoints import built_in, load_checkpoint
 from bilinear_lens.training import bilinearized
 from bilinear_lens.training.bilinearized import bilinearize_checkpoint
+from bilinear_lens.training.evaluation import evaluate
+from bilinear_lens.training.windows import as_windows, first_windows
 
 SETTINGS = {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True}
 
@@ -143,3 +146,20 @@ def test_the_command_makes_a_model_bilinear(texts, tmp_path):
         done = CliRunner().invoke(app, ["bilinearize", "stories260k", *map(str, [out, *arguments])])
     assert done.exit_code == 0 and "bilinearized" in done.output
     assert bl.HookedBilinearTransformer.from_pretrained(out).cfg.n_layers == 5
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/tinystories")
+def test_the_model_that_ships_is_as_its_card_says():
+    card = (built_in("stories260k-bilinear") / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (?:the )?([^|]*) \| (\d\.\d{4}) ", card, re.MULTILINE))
+    (original, tokenizer), (ours, _) = map(load_checkpoint, ("stories260k", "stories260k-bilinear"))
+    text = bl.load_text(DATA / "heldout.txt.gz")
+    held_out = first_windows(as_windows(text, tokenizer, model=original, n_ctx=256), 256)
+    found = evaluate(ours, held_out, original)
+    assert found.loss == pytest.approx(float(rows["this model"]), abs=2e-4)
+    assert evaluate(original, held_out, original).loss == pytest.approx(
+        float(rows["original"]), abs=2e-4
+    )
