@@ -26,10 +26,20 @@ class BilinearMLPBridge(GatedMLPBridge):
     right), `hook_post` (their product), `hook_out`. They fire in every mode of the bridge.
     """
 
+    eigen: nn.ModuleDict
+    """Each an `Eigenbasis`, by name."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.eigen = nn.ModuleDict()
+
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         x = self.hook_in(hidden_states)
         product = self.gate(x) * getattr(self, "in")(x)
-        return self.hook_out(self.out(product))
+        out = self.out(product)
+        for eigenbasis in self.eigen.values():
+            out = eigenbasis(x, out)
+        return self.hook_out(out)
 
     def bilinear_tensor(self) -> BilinearTensor:
         """What the component computes, from `hook_in` to `hook_out`."""

@@ -9,7 +9,8 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,7 @@ from bilinear_lens.models.components import (
     check_linear_gates,
     use_bilinear_components,
 )
+from bilinear_lens.models.eigenbasis import Eigenbasis
 from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.tensor import BilinearTensor
 
@@ -288,6 +290,70 @@ class HookedBilinearTransformer(TransformerBridge):
         # the final norm's gain is ones, unless the architecture cannot be folded
         directions = (self.W_U[:, ids].float() - against[:, None]).mT * self._gain(self.ln_final)
         return directions if layer is None else directions * self._output_gain(layer)
+
+    def add_eigenbasis(
+        self,
+        name: str,
+        layer: int,
+        directions: Basis | Float[Tensor, "n d_model"] | Sequence[Output],
+        k: int,
+    ) -> None:
+        """Make hook points of the top eigenvectors of some output directions of a layer's MLP.
+
+        `blocks.{layer}.mlp.eigen.{name}.hook_acts`, `[batch, pos, direction, k]`, is what each
+        eigenvector adds along its direction: it is cached like any activation, and an edit of it
+        changes the forward pass; see `Eigenbasis`. It is made of the weights as they are now.
+
+        Args:
+            name: a Python name that this layer's eigenbases do not have yet.
+            directions: outputs, as for `output_direction`, or directions in the residual stream.
+            k: how many eigenvectors of each.
+
+        Raises:
+            ValueError: if the name is bad or taken, the layer, an output or k out of range, or a
+                direction is a combination of the others.
+        """
+        tensor, eigen = self.bilinear_tensor(layer), self.blocks[layer].mlp.eigen
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"name={name!r} must be a Python name, such as 'she'.")
+        if name in eigen:
+            raise ValueError(
+                f"Layer {layer} has an eigenbasis {name!r} already: give another name, or "
+                f"remove_eigenbasis({name!r}, {layer}) first."
+            )
+        outputs = directions.directions if isinstance(directions, Basis) else directions
+        rows = [self.output_direction(each, layer=layer) for each in outputs]
+        if not rows:
+            raise ValueError("directions are none: give at least one output.")
+        eigen[name] = Eigenbasis(tensor, torch.stack(rows), k)
+        self._scan_existing_hooks(eigen[name], f"blocks.{layer}.mlp.eigen.{name}")
+
+    def remove_eigenbasis(self, name: str, layer: int) -> None:
+        """Take back what `add_eigenbasis` did.
+
+        Raises:
+            ValueError: if there is no such layer, or none of that name in it.
+        """
+        self.bilinear_tensor(layer)
+        eigen = self.blocks[layer].mlp.eigen
+        if name not in eigen:
+            raise ValueError(f"Layer {layer} has no eigenbasis {name!r}; it has {list(eigen)}.")
+        del eigen[name], self._hook_registry[f"blocks.{layer}.mlp.eigen.{name}.hook_acts"]
+
+    @contextmanager
+    def eigenbasis(
+        self,
+        name: str,
+        layer: int,
+        directions: Basis | Float[Tensor, "n d_model"] | Sequence[Output],
+        k: int,
+    ) -> Iterator[None]:
+        """`add_eigenbasis` for a `with` block."""
+        self.add_eigenbasis(name, layer, directions, k)
+        try:
+            yield
+        finally:
+            self.remove_eigenbasis(name, layer)
 
     def token_basis(self) -> Basis:
         """Each token as an MLP would see it alone: its embedding, normed.

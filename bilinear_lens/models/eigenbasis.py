@@ -1,0 +1,58 @@
+"""Eigenvectors as hook points: what each of them adds to an MLP's output, cached and edited."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.tensor import BilinearTensor
+
+
+class Eigenbasis(nn.Module):
+    """The top eigenvectors of some output directions of an MLP, with a hook on what they add.
+
+    `hook_acts` is `[batch, pos, direction, k]`: `value (vector . x)^2`, which over all eigenvectors
+    of a direction sums to `direction . mlp(x)`. An edit of it moves the MLP's output by the
+    shortest vector that moves `direction . out` by as much as the edit did, for each of the
+    directions and not the others. What the k eigenvectors leave out is not touched, so that
+    without an edit the output stays as it is, to the last bit.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    write: Tensor
+
+    def __init__(
+        self, tensor: BilinearTensor, directions: Float[Tensor, "direction d_out"], k: int
+    ) -> None:
+        """Raises ValueError if a direction is a combination of the others, or as `eigh` does."""
+        super().__init__()
+        n = len(directions)
+        if n == 0 or torch.linalg.matrix_rank(directions.double()) < n:
+            raise ValueError(
+                f"The {n} directions must be linearly independent, and at least one: otherwise an "
+                "edit of one cannot leave the others alone."
+            )
+        spectrum = tensor.eigh(directions, k)
+        self.affine = spectrum.affine
+        # not persistent: they are no weights of the model
+        self.register_buffer("values", spectrum.values, persistent=False)
+        self.register_buffer("vectors", spectrum.vectors, persistent=False)
+        self.register_buffer(
+            "write", torch.linalg.pinv(directions.double()).mT.to(directions), persistent=False
+        )
+        self.hook_acts = HookPoint()
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Of each direction, `[direction, k]`."""
+        return Spectrum(self.values, self.vectors, self.affine)
+
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], out: Float[Tensor, "*batch d_out"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The MLP's output for the input `x`, moved by what the hook changed."""
+        acts = self.spectrum.activations(x)
+        edited = self.hook_acts(acts)
+        return out + ((edited - acts).sum(-1) @ self.write).to(out)
