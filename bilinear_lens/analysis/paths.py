@@ -1,0 +1,167 @@
+"""What reaches an MLP on a prompt: its input as an exact sum of what was written before.
+
+With attention patterns and norm scales held at the prompt's values, all between two MLPs is linear:
+
+- the residual stream is a sum of what the embedding, heads, MLPs and biases wrote
+- what a head writes is a sum over the tokens that it attends to, and over what was written there
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.ActivationCache import ActivationCache
+
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+
+
+class Part(NamedTuple):
+    """A part of an MLP's input."""
+
+    writer: str
+    """`embedding`, `biases`, `MLP 1`, or a head, `L1H3`."""
+    position: int | None = None
+    """Of a head: where it read."""
+    read: str | None = None
+    """Of a head: the writer of what it read there, or `composed`: all but the embedding."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenRun:
+    """A run on prompts of equal length, with attention patterns and norm scales held."""
+
+    model: HookedBilinearTransformer
+    tokens: Int[Tensor, "batch pos"]
+
+    @cached_property
+    def cache(self) -> ActivationCache:
+        """Raises ValueError if an activation is not finite."""
+        ends = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_scale", "hook_pattern")
+        ends += ("hook_v", "hook_z", "mlp.hook_in", "mlp.hook_out")
+        with torch.no_grad():
+            _, cache = self.model.run_with_cache(
+                self.tokens, names_filter=lambda name: name.endswith(ends)
+            )
+        for name, activation in cache.items():
+            if not activation.isfinite().all():
+                raise ValueError(f"{name} is NaN or infinite on this prompt.")
+        return cache
+
+    def written(
+        self, layer: int, *, attention: bool
+    ) -> tuple[list[str], Float[Tensor, "batch pos part d_model"]]:
+        """What stands in the residual stream before a layer's attention, or before its MLP.
+
+        Args:
+            attention: with what the layer's own attention wrote.
+
+        Returns:
+            Writers, and what each wrote at each position, which sums to the residual stream.
+        """
+        start = self.cache["blocks.0.hook_resid_pre"]
+        names, parts, biases = ["embedding"], [start], torch.zeros_like(start)
+        for each in range(layer + attention):
+            attn = self.model.blocks[each].attn
+            after = self._after_attention(each)
+            z = self.cache[f"blocks.{each}.attn.hook_z"]
+            heads = einsum(z, attn.W_O, "b pos head d, head d model -> b pos head model")
+            parts += [head * after for head in heads.unbind(2)]
+            names += [f"L{each}H{head}" for head in range(heads.shape[2])]
+            if attn.b_O is not None:
+                biases = biases + attn.b_O * after
+            if each < layer:
+                ends = (f"blocks.{each}.hook_resid_{end}" for end in ("mid", "post"))
+                before, then = (self.cache[end] for end in ends)
+                parts.append(then - before)
+                names.append(f"MLP {each}")
+        return [*names, "biases"], torch.stack([*parts, biases], dim=2)
+
+    def into_mlp(
+        self,
+        layer: int,
+        positions: Int[Tensor, " batch"],
+        vectors: Float[Tensor, "d_model k"],
+        *,
+        composed: bool = False,
+    ) -> tuple[list[Part], Float[Tensor, "batch part k"]]:
+        """What each part of an MLP's input adds to its projections on some vectors.
+
+        Args:
+            positions: one of each prompt.
+            composed: split what heads read by its writers; otherwise into the embedding and
+                the rest.
+
+        Returns:
+            Parts, and their projections, which sum to `hook_in @ vectors`.
+        """
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)
+
+        def here(activation: Tensor | float) -> Tensor | float:
+            return activation[rows, positions] if isinstance(activation, Tensor) else activation
+
+        scale = here(self._norm(layer, "ln2"))
+        reading = vectors.expand(len(rows), -1, -1)
+        if isinstance(scale, Tensor):
+            reading = scale[..., None] * reading
+        names, written = self.written(layer, attention=True)
+        whole = einsum(written[rows, positions], reading, "b part model, b model k -> b part k")
+        own = [i for i, name in enumerate(names) if "H" not in name]
+        parts, projections = [Part(names[i]) for i in own], [whole[:, own]]
+        biases = parts.index(Part("biases"))
+        for each in range(layer + 1):
+            attn = self.model.blocks[each].attn
+            after = here(self._after_attention(each))
+            after = after[..., None] if isinstance(after, Tensor) else after
+            out = einsum(attn.W_O, reading * after, "head d model, b model k -> b head d k")
+            weight = self.cache[f"blocks.{each}.attn.hook_pattern"][rows, :, positions]
+            out = einsum(weight, out, "b head pos, b head d k -> b head pos d k")
+            read, values, bias = self._values(each, composed)
+            found = einsum(values, out, "b pos read head d, b head pos d k -> b head pos read k")
+            projections.append(found.flatten(1, 3))
+            parts += [
+                Part(f"L{each}H{head}", position, name)
+                for head in range(found.shape[1])
+                for position in range(found.shape[2])
+                for name in read
+            ]
+            if bias is not None:
+                projections[0][:, biases] += einsum(bias, out, "head d, b head pos d k -> b k")
+        return parts, torch.cat(projections, dim=1)
+
+    def _values(
+        self, layer: int, composed: bool
+    ) -> tuple[list[str], Float[Tensor, "batch pos read head d_head"], Tensor | None]:
+        """A layer's values, split by the writer of what they were made of, and their bias."""
+        attn = self.model.blocks[layer].attn
+        n_heads = self.model.cfg.n_heads
+        weight = attn.W_V.repeat_interleave(n_heads // len(attn.W_V), dim=0)
+        bias = attn.b_V
+        if bias is not None:
+            bias = bias.view(-1, weight.shape[2])
+            bias = bias.repeat_interleave(n_heads // len(bias), dim=0)
+        read, written = self.written(layer, attention=False)
+        if not composed:
+            rest = written[:, :, 1:].sum(2)
+            read, written = ["embedding", "composed"], torch.stack([written[:, :, 0], rest], dim=2)
+        norm = self._norm(layer, "ln1")
+        if isinstance(norm, Tensor):
+            written = written * norm[:, :, None]
+        values = einsum(
+            written, weight, "b pos read model, head model d -> b pos read head d"
+        )
+        return read, values, bias
+
+    def _norm(self, layer: int, name: str) -> Float[Tensor, "batch pos d_model"] | float:
+        """What a block's norm multiplies its input by, with its scale held; 1 without that norm."""
+        norm = getattr(self.model.blocks[layer], name, None)
+        if not isinstance(norm, nn.Module):
+            return 1.0
+        return self.model._gain(norm) / self.cache[f"blocks.{layer}.{name}.hook_scale"]
+
+    def _after_attention(self, layer: int) -> Float[Tensor, "batch pos d_model"] | float:
+        """What a head's output is multiplied by on its way to the residual stream."""
+        return self._norm(layer, "ln1_post") * getattr(self.model.cfg, "residual_multiplier", 1.0)
