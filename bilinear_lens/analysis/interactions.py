@@ -1,7 +1,9 @@
 """Interaction tables: which input tokens a layer listens for when it writes to an output."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import combinations
 from typing import Literal
 
 import pandas as pd
@@ -9,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilinear_lens.analysis.pairs import labelled, top_pairs
+from bilinear_lens.analysis.pairs import Pairs, labelled, top_cross_pairs, top_pairs
+from bilinear_lens.analysis.sources import join, source_basis
 from bilinear_lens.basis import Basis
 from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
 from bilinear_lens.spectrum import Spectrum
@@ -30,6 +33,7 @@ class InteractionTable:
     spectrum: Spectrum
     """Its top k eigenpairs, each signed so that the largest projection of a token is positive."""
     tokens: Basis
+    """What the eigenvectors are read in: token directions, or those of the `sources`."""
     n_tokens: int
     """How many tokens are listed at each end of an eigenvector."""
     effective_rank: float
@@ -37,6 +41,8 @@ class InteractionTable:
     random_effective_rank: float
     """The same for Gaussian factors of the same shape."""
     random_top_share: float
+    sources: tuple[int, ...] = ()
+    """How many of `tokens` are of each source; none if they are the tokens alone."""
 
     @property
     def shares(self) -> Float[Tensor, " k"]:
@@ -84,14 +90,25 @@ class InteractionTable:
 
         Each unordered pair stands once; a pair of different tokens adds its interaction twice when
         the input is their sum. Of a layer with biases, it is the part quadratic in the tokens.
+        Of a table of several sources, pairs are of two different ones.
         `pairs.top_pairs` says what that costs.
 
         Raises:
-            ValueError: if `k` is not between 1 and the number of pairs.
+            ValueError: if `k` is not between 1 and the number of pairs (of two sources).
         """
         tokens = self.tokens.directions
-        d = tokens.shape[1]
-        return labelled(top_pairs(self.interaction[:d, :d], tokens, k), self.tokens)
+        matrix = self.interaction[: tokens.shape[1], : tokens.shape[1]]
+        if len(self.sources) < 2:
+            return labelled(top_pairs(matrix, tokens, k), self.tokens)
+        starts = [sum(self.sources[:i]) for i in range(len(self.sources))]
+        parts = zip(starts, tokens.split(self.sources), strict=True)
+        found = []
+        for (start, first), (other, second) in combinations(parts, 2):
+            pairs = top_cross_pairs(matrix, first, second, k)
+            found.append(Pairs(pairs.first + start, pairs.second + other, pairs.values))
+        pairs = Pairs(*map(torch.cat, zip(*found, strict=True)))
+        top = pairs.values.abs().topk(k).indices
+        return labelled(Pairs(*(each[top] for each in pairs)), self.tokens)
 
     @property
     def header(self) -> str:
@@ -105,8 +122,9 @@ class InteractionTable:
     def _summary(self, n_tokens: int) -> pd.DataFrame:
         """A row for each eigenvector, its first tokens in one cell for each end."""
         listed = self.to_pandas().groupby(["eigenvector", "end"]).head(n_tokens)
+        shown = str if self.sources else repr  # the labels of sources have their quotes
         cells = listed.groupby(["eigenvector", "end"])["token"].agg(
-            lambda tokens: " ".join(map(repr, tokens))
+            lambda tokens: (", " if self.sources else " ").join(map(shown, tokens))
         )
         return pd.DataFrame(
             {
@@ -134,6 +152,7 @@ def interactions(
     k: int = 8,
     n_tokens: int = 10,
     contrast: Token | Literal["mean"] | None = "mean",
+    sources: Sequence[str] = (),
 ) -> InteractionTable:
     """Read from the weights what layer `layer` listens for when it writes to an output.
 
@@ -142,13 +161,16 @@ def interactions(
             `output_direction`, like `contrast`.
         k: how many eigenvectors.
         n_tokens: how many tokens at each end of each eigenvector.
+        sources: read the eigenvectors in what reaches the layer by these ways, `["embedding",
+            "L0H3"]`, and not in the tokens alone; see `source_basis`.
 
     Raises:
-        ValueError: if the output or layer is unknown, or k or n_tokens is out of range.
+        ValueError: if the output, layer or a source is unknown, or k or n_tokens is out of range.
     """
     tensor = model.bilinear_tensor(layer)
     direction = model.output_direction(output, contrast, layer=layer)
-    tokens = model.token_basis()
+    bases = [source_basis(model, source, layer=layer) for source in sources]
+    tokens = join(bases) if bases else model.token_basis()
     if not 1 <= n_tokens <= len(tokens):
         raise ValueError(f"n_tokens={n_tokens} must be between 1 and {len(tokens)}.")
     if not 1 <= k <= tensor.d_in:
@@ -176,6 +198,7 @@ def interactions(
             (r.values[:k].square().sum() / r.values.square().sum()).item() for r in random
         )
         / len(random),
+        sources=tuple(map(len, bases)),
     )
 
 

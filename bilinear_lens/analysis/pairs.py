@@ -89,6 +89,26 @@ def top_pairs(matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int
     return Pairs(first[listed], second[listed], best.values[listed])
 
 
+def top_cross_pairs(
+    matrix: Float[Tensor, "d d"], first: Float[Tensor, "n d"], second: Float[Tensor, "m d"], k: int
+) -> Pairs:
+    """The k pairs of a row of each with the largest `|a^T Q b|`, exactly, as `top_pairs`.
+
+    Raises:
+        ValueError: if `k` is not between 1 and the number of pairs.
+    """
+    if not 1 <= k <= len(first) * len(second):
+        raise ValueError(
+            f"k={k} must be between 1 and the {len(first) * len(second)} pairs there are."
+        )
+    # in twice the coordinates, with Q beside the diagonal, only rows of different sources interact
+    zero = torch.zeros_like(matrix)
+    crossed = torch.cat([torch.cat([zero, matrix], 1), torch.cat([matrix, zero], 1)])
+    pairs = top_pairs(crossed, torch.block_diag(first, second), k)
+    apart = (pairs.first < len(first)) & (pairs.second >= len(first))
+    return Pairs(pairs.first[apart], pairs.second[apart] - len(first), pairs.values[apart])
+
+
 def token_pairs(
     tensor: BilinearTensor, directions: Float[Tensor, "*n d_out"], tokens: Basis, k: int = 20
 ) -> pd.DataFrame:

@@ -150,9 +150,7 @@ class FrozenRun:
         norm = self._norm(layer, "ln1")
         if isinstance(norm, Tensor):
             written = written * norm[:, :, None]
-        values = einsum(
-            written, weight, "b pos read model, head model d -> b pos read head d"
-        )
+        values = einsum(written, weight, "b pos read model, head model d -> b pos read head d")
         return read, values, bias
 
     def _norm(self, layer: int, name: str) -> Float[Tensor, "batch pos d_model"] | float:

@@ -372,6 +372,13 @@ class HookedBilinearTransformer(TransformerBridge):
             embedding /= (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
         return embedding
 
+    @torch.no_grad()
+    def head_weight(self, layer: int, head: int) -> Float[Tensor, "d_model d_model"]:
+        """What a head makes of what it attends to, `x @ W_V @ W_O`, in float32."""
+        attn = self.blocks[layer].attn
+        value = attn.W_V[head * len(attn.W_V) // self.cfg.n_heads].float()
+        return value @ attn.W_O[head].float()
+
     def fingerprint(self) -> str:
         """A SHA-256 of the current weights and token labels: what an analysis was made from."""
         digest = hashlib.sha256(json.dumps(self.token_labels).encode())
