@@ -119,10 +119,79 @@ class IsotropicReader:
         whole = (mlp.along @ self.grams[layer] @ mlp.along).item()
         (share,) = (share for share, each in self.writers(upper) if each.place == mlp.place)
         for i, (value, vector) in enumerate(zip(spectrum.values.tolist(), spectrum.vectors.mT)):
-            node = Node(
-                Place("eigenvector", layer), mlp.along, vector[: tensor.d_in], i, value
-            )
+            node = Node(Place("eigenvector", layer), mlp.along, vector[: tensor.d_in], i, value)
             yield share * value**2 / whole, node
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReader:
+    """Shares of what a direction reads on a prompt, with attention patterns and norms held.
+
+    Along a head and the embedding it is linear; an eigenvector adds `value (vector . x)^2`, and
+    what it reads has the share `vector . part / vector . x` of that. Shares sum to 1, with those of
+    biases, and may be negative.
+    """
+
+    run: FrozenRun
+
+    @property
+    def model(self) -> HookedBilinearTransformer:
+        return self.run.model
+
+    def stream(self, node: Node) -> Float[Tensor, " d_model"]:
+        """The residual stream that a node reads, at its position."""
+        at = node.place
+        if at.kind == "output":
+            name = f"blocks.{at.layer - 1}.hook_resid_post"
+        else:
+            name = f"blocks.{at.layer}.hook_resid_{'pre' if at.kind == 'head' else 'mid'}"
+        return self.run.cache[name][0, at.position]
+
+    def writers(self, node: Node) -> Iterable[tuple[float, Node]]:
+        cache, d, at = self.run.cache, node.reads, node.place
+        whole, here = d @ self.stream(node), at.position
+        start = cache["blocks.0.hook_resid_pre"][0, here]
+        yield (d @ start / whole).item(), Node(Place("embedding", -1, position=here), d, d)
+        for layer in range(at.layer + (at.kind == "eigenvector")):
+            for share, lower in self._heads(layer, here, d):
+                yield share / whole.item(), lower
+        for layer in range(at.layer):
+            x = cache[f"blocks.{layer}.mlp.hook_in"][0, here]
+            along = d * self.run.after_mlp(layer)[0, here]
+            most = self.model.bilinear_tensor(layer).interaction(along).norm() * (x @ x)
+            lower = Node(Place("MLP", layer, position=here), along, along)
+            yield (most / whole).item(), lower
+
+    def _heads(self, layer: int, here: int, d: Tensor) -> Iterable[tuple[float, Node]]:
+        attn = self.model.blocks[layer].attn
+        after = self.run.after_attention(layer)
+        inner = attn.W_O @ (d * (after[0, here] if isinstance(after, Tensor) else after))
+        groups = attn.W_V.repeat_interleave(len(attn.W_O) // len(attn.W_V), dim=0)
+        reads = (groups @ inner[..., None])[..., 0]
+        pattern = self.run.cache[f"blocks.{layer}.attn.hook_pattern"][0, :, here]
+        norm = self.run.norm(layer, "ln1")
+        stream = self.run.cache[f"blocks.{layer}.hook_resid_pre"][0]
+        for position in range(here + 1):
+            seen = reads * (norm[0, position] if isinstance(norm, Tensor) else norm)
+            seen = seen * pattern[:, position, None]
+            for head, read in enumerate(seen):
+                place = Place("head", layer, head, position)
+                yield (read @ stream[position]).item(), Node(place, d, read)
+
+    def eigenvectors(self, mlp: Node, upper: Node, k: int) -> Iterable[tuple[float, Node]]:
+        layer, here = mlp.place.layer, mlp.place.position
+        tensor = self.model.bilinear_tensor(layer)
+        spectrum = tensor.eigh(mlp.along)
+        x = self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here]
+        projections, adds = spectrum.projections(x), spectrum.activations(x)
+        whole = (upper.reads @ self.stream(upper)).item()
+        norm = self.run.norm(layer, "ln2")
+        scale = norm[0, here] if isinstance(norm, Tensor) else norm
+        for i in adds.abs().topk(min(k, spectrum.k)).indices.tolist():
+            reads = spectrum.values[i] * projections[i] * spectrum.vectors[: tensor.d_in, i] * scale
+            place = Place("eigenvector", layer, position=here)
+            node = Node(place, mlp.along, reads, i, spectrum.values[i].item())
+            yield adds[i].item() / whole, node
 
 
 def search(reader: Reader, root: Node, *, width: int, depth: int) -> tuple[list[Node], list[Edge]]:

@@ -66,7 +66,7 @@ class FrozenRun:
         names, parts, biases = ["embedding"], [start], torch.zeros_like(start)
         for each in range(layer + attention):
             attn = self.model.blocks[each].attn
-            after = self._after_attention(each)
+            after = self.after_attention(each)
             z = self.cache[f"blocks.{each}.attn.hook_z"]
             heads = einsum(z, attn.W_O, "b pos head d, head d model -> b pos head model")
             parts += [head * after for head in heads.unbind(2)]
@@ -103,7 +103,7 @@ class FrozenRun:
         def here(activation: Tensor | float) -> Tensor | float:
             return activation[rows, positions] if isinstance(activation, Tensor) else activation
 
-        scale = here(self._norm(layer, "ln2"))
+        scale = here(self.norm(layer, "ln2"))
         reading = vectors.expand(len(rows), -1, -1)
         if isinstance(scale, Tensor):
             reading = scale[..., None] * reading
@@ -114,7 +114,7 @@ class FrozenRun:
         biases = parts.index(Part("biases"))
         for each in range(layer + 1):
             attn = self.model.blocks[each].attn
-            after = here(self._after_attention(each))
+            after = here(self.after_attention(each))
             after = after[..., None] if isinstance(after, Tensor) else after
             out = einsum(attn.W_O, reading * after, "head d model, b model k -> b head d k")
             weight = self.cache[f"blocks.{each}.attn.hook_pattern"][rows, :, positions]
@@ -147,19 +147,24 @@ class FrozenRun:
         if not composed:
             rest = written[:, :, 1:].sum(2)
             read, written = ["embedding", "composed"], torch.stack([written[:, :, 0], rest], dim=2)
-        norm = self._norm(layer, "ln1")
+        norm = self.norm(layer, "ln1")
         if isinstance(norm, Tensor):
             written = written * norm[:, :, None]
         values = einsum(written, weight, "b pos read model, head model d -> b pos read head d")
         return read, values, bias
 
-    def _norm(self, layer: int, name: str) -> Float[Tensor, "batch pos d_model"] | float:
+    def norm(self, layer: int, name: str) -> Float[Tensor, "batch pos d_model"] | float:
         """What a block's norm multiplies its input by, with its scale held; 1 without that norm."""
         norm = getattr(self.model.blocks[layer], name, None)
         if not isinstance(norm, nn.Module):
             return 1.0
         return self.model._gain(norm) / self.cache[f"blocks.{layer}.{name}.hook_scale"]
 
-    def _after_attention(self, layer: int) -> Float[Tensor, "batch pos d_model"] | float:
+    def after_attention(self, layer: int) -> Float[Tensor, "batch pos d_model"] | float:
         """What a head's output is multiplied by on its way to the residual stream."""
-        return self._norm(layer, "ln1_post") * getattr(self.model.cfg, "residual_multiplier", 1.0)
+        return self.norm(layer, "ln1_post") * getattr(self.model.cfg, "residual_multiplier", 1.0)
+
+    def after_mlp(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """What an MLP's output is multiplied by on its way to the residual stream."""
+        factor = self.norm(layer, "ln2_post") * getattr(self.model.cfg, "residual_multiplier", 1.0)
+        return factor * torch.ones_like(self.cache["blocks.0.hook_resid_pre"])
