@@ -1,238 +1,217 @@
-"""Circuits: what an output reads, from eigenvectors and heads down to tokens, by beam search."""
+"""Circuits: what an output reads, through eigenvectors and heads down to tokens."""
 
 import heapq
-from abc import abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from typing import Protocol
+from typing import Literal
 
+import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilinear_lens.analysis.interactions import output_label
 from bilinear_lens.analysis.paths import FrozenRun
-from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.analysis.readers import Edge, IsotropicReader, Node, Place, PromptReader, Reader
+from bilinear_lens.basis import Basis
+from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
 
 PARALLEL = 0.99
 """Writers of one place that read directions with at least this cosine are one node."""
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a model something is."""
-
-    kind: str
-    """`output`, `eigenvector`, `head`, `embedding`, or `MLP`: all eigenvectors of one together."""
-    layer: int
-    """Of an MLP or a head; -1 of the embedding, the number of layers of an output."""
-    head: int | None = None
-    position: int | None = None
-    """On a prompt: where it reads."""
-
-
-@dataclass(eq=False)
-class Node:
-    """Something that writes along a direction that the nodes above it read."""
-
-    place: Place
-    along: Float[Tensor, " d_model"]
-    """The direction in the residual stream along which it writes, for the first node above it."""
-    reads: Float[Tensor, " d_model"]
-    """The direction that it reads; of the embedding, `along`."""
-    index: int | None = None
-    """Of an eigenvector, in the order of its spectrum."""
-    value: float | None = None
-    """Of an eigenvector, its eigenvalue."""
-    score: float = 0.0
-
-
-@dataclass(frozen=True)
-class Edge:
-    """What a node carries of what the node above it reads."""
-
-    lower: Node
-    upper: Node
-    share: float
-
-
-class Reader(Protocol):
-    """What writes below a node, and how much of what the node reads each carries."""
-
-    model: HookedBilinearTransformer
-
-    @abstractmethod
-    def writers(self, node: Node) -> Iterable[tuple[float, Node]]:
-        """Each writer with its share; of an MLP, at least the share of its largest eigenvector."""
-
-    @abstractmethod
-    def eigenvectors(self, mlp: Node, upper: Node, k: int) -> Iterable[tuple[float, Node]]:
-        """The top eigenvectors of an MLP, each with its share."""
+N_TOKENS = 5
+"""Listed at each end of what a node reads."""
 
 
 @dataclass(frozen=True, eq=False)
-class IsotropicReader:
-    """Shares of variance, from the weights alone.
+class Circuit:
+    """What an output reads, as a graph: nodes write along what the nodes above them read."""
 
-    Every head and MLP reads a normed residual stream; take it as Gaussian with covariance 1. Along
-    a direction d the variance is then `2 ||Q_d||_F^2` of what an MLP writes, `2 value^2` of one
-    of its eigenvectors, `||W_V W_O d||^2` of a head that attends to one token, and the
-    embedding's is that over the vocabulary. A share is of the sum over all writers.
-    """
-
-    model: HookedBilinearTransformer
+    model: str
+    fingerprint: str
+    """Of the model's weights."""
+    output: str
+    prompt: list[str] | None
+    """Tokens, of a circuit on a prompt."""
+    found: list[Node]
+    """The output first, then as they were found."""
+    links: list[Edge]
+    tokens: list[tuple[list[str], list[str]]]
+    """For each node, the tokens that project most on what it reads, and those that do least."""
 
     @cached_property
-    def grams(self) -> list[Tensor]:
-        layers = range(self.model.cfg.n_layers)
-        return [self.model.bilinear_tensor(layer).output_gram() for layer in layers]
-
-    @cached_property
-    def covariance(self) -> Tensor:
-        every = torch.arange(self.model.cfg.d_vocab, device=self.model.cfg.device)
-        return self.model.embed(every).float().mT.cov()
-
-    def writers(self, node: Node) -> Iterable[tuple[float, Node]]:
-        d, at = node.reads, node.place
-        found = [(d @ self.covariance @ d, Node(Place("embedding", -1), d, d))]
-        for layer in range(at.layer + (at.kind == "eigenvector")):
-            attn = self.model.blocks[layer].attn
-            inner = attn.W_O.float() @ d
-            groups = attn.W_V.float().repeat_interleave(len(attn.W_O) // len(attn.W_V), dim=0)
-            reads = (groups @ inner[..., None])[..., 0]
-            found += [
-                (read @ read, Node(Place("head", layer, head), d, read))
-                for head, read in enumerate(reads)
-            ]
-        for layer in range(at.layer):
-            variance = 2 * d @ self.grams[layer] @ d
-            found.append((variance, Node(Place("MLP", layer), d, d)))
-        total = sum(variance for variance, _ in found)
-        return [((variance / total).item(), lower) for variance, lower in found]
-
-    def eigenvectors(self, mlp: Node, upper: Node, k: int) -> Iterable[tuple[float, Node]]:
-        layer = mlp.place.layer
-        tensor = self.model.bilinear_tensor(layer)
-        spectrum = tensor.eigh(mlp.along, min(k, tensor.d_in))
-        whole = (mlp.along @ self.grams[layer] @ mlp.along).item()
-        (share,) = (share for share, each in self.writers(upper) if each.place == mlp.place)
-        for i, (value, vector) in enumerate(zip(spectrum.values.tolist(), spectrum.vectors.mT)):
-            node = Node(Place("eigenvector", layer), mlp.along, vector[: tensor.d_in], i, value)
-            yield share * value**2 / whole, node
-
-
-@dataclass(frozen=True, eq=False)
-class PromptReader:
-    """Shares of what a direction reads on a prompt, with attention patterns and norms held.
-
-    Along a head and the embedding it is linear; an eigenvector adds `value (vector . x)^2`, and
-    what it reads has the share `vector . part / vector . x` of that. Shares sum to 1, with those of
-    biases, and may be negative.
-    """
-
-    run: FrozenRun
+    def ids(self) -> list[str]:
+        """A name for each node: `L0H3`, `MLP 1 e4`, on a prompt with its position, `L0H3@5`."""
+        names = [_name(node) for node in self.found]
+        seen: Counter[str] = Counter()
+        for i, name in enumerate(names):
+            seen[name] += 1
+            if names.count(name) > 1:
+                names[i] = f"{name} #{seen[name]}"
+        return names
 
     @property
-    def model(self) -> HookedBilinearTransformer:
-        return self.run.model
+    def nodes(self) -> pd.DataFrame:
+        """A row for each node.
 
-    def stream(self, node: Node) -> Float[Tensor, " d_model"]:
-        """The residual stream that a node reads, at its position."""
-        at = node.place
-        if at.kind == "output":
-            name = f"blocks.{at.layer - 1}.hook_resid_post"
-        else:
-            name = f"blocks.{at.layer}.hook_resid_{'pre' if at.kind == 'head' else 'mid'}"
-        return self.run.cache[name][0, at.position]
+        Columns `node`, `kind`, `layer`, `head`, `eigenvector`, `eigenvalue`, `position`, `token`,
+        `score`: the share of the output that comes through the node: on a prompt of its logit,
+        from weights alone of its variance for isotropic inputs; `reads_most`, `reads_least`.
+        """
+        rows = []
+        for name, node, (most, least) in zip(self.ids, self.found, self.tokens, strict=True):
+            at = node.place
+            token = None if self.prompt is None else self.prompt[at.position]
+            rows.append(
+                {
+                    "node": name,
+                    "kind": at.kind,
+                    "layer": at.layer,
+                    "head": at.head,
+                    "eigenvector": node.index,
+                    "eigenvalue": node.value,
+                    "position": at.position,
+                    "token": token,
+                    "score": node.score,
+                    "reads_most": most,
+                    "reads_least": least,
+                }
+            )
+        return pd.DataFrame(rows)
 
-    def writers(self, node: Node) -> Iterable[tuple[float, Node]]:
-        cache, d, at = self.run.cache, node.reads, node.place
-        whole, here = d @ self.stream(node), at.position
-        start = cache["blocks.0.hook_resid_pre"][0, here]
-        yield (d @ start / whole).item(), Node(Place("embedding", -1, position=here), d, d)
-        for layer in range(at.layer + (at.kind == "eigenvector")):
-            for share, lower in self._heads(layer, here, d):
-                yield share / whole.item(), lower
-        for layer in range(at.layer):
-            x = cache[f"blocks.{layer}.mlp.hook_in"][0, here]
-            along = d * self.run.after_mlp(layer)[0, here]
-            most = self.model.bilinear_tensor(layer).interaction(along).norm() * (x @ x)
-            lower = Node(Place("MLP", layer, position=here), along, along)
-            yield (most / whole).item(), lower
-
-    def _heads(self, layer: int, here: int, d: Tensor) -> Iterable[tuple[float, Node]]:
-        attn = self.model.blocks[layer].attn
-        after = self.run.after_attention(layer)
-        inner = attn.W_O @ (d * (after[0, here] if isinstance(after, Tensor) else after))
-        groups = attn.W_V.repeat_interleave(len(attn.W_O) // len(attn.W_V), dim=0)
-        reads = (groups @ inner[..., None])[..., 0]
-        pattern = self.run.cache[f"blocks.{layer}.attn.hook_pattern"][0, :, here]
-        norm = self.run.norm(layer, "ln1")
-        stream = self.run.cache[f"blocks.{layer}.hook_resid_pre"][0]
-        for position in range(here + 1):
-            seen = reads * (norm[0, position] if isinstance(norm, Tensor) else norm)
-            seen = seen * pattern[:, position, None]
-            for head, read in enumerate(seen):
-                place = Place("head", layer, head, position)
-                yield (read @ stream[position]).item(), Node(place, d, read)
-
-    def eigenvectors(self, mlp: Node, upper: Node, k: int) -> Iterable[tuple[float, Node]]:
-        layer, here = mlp.place.layer, mlp.place.position
-        tensor = self.model.bilinear_tensor(layer)
-        spectrum = tensor.eigh(mlp.along)
-        x = self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here]
-        projections, adds = spectrum.projections(x), spectrum.activations(x)
-        whole = (upper.reads @ self.stream(upper)).item()
-        norm = self.run.norm(layer, "ln2")
-        scale = norm[0, here] if isinstance(norm, Tensor) else norm
-        for i in adds.abs().topk(min(k, spectrum.k)).indices.tolist():
-            reads = spectrum.values[i] * projections[i] * spectrum.vectors[: tensor.d_in, i] * scale
-            place = Place("eigenvector", layer, position=here)
-            node = Node(place, mlp.along, reads, i, spectrum.values[i].item())
-            yield adds[i].item() / whole, node
+    @property
+    def edges(self) -> pd.DataFrame:
+        """A row for each edge: `lower`, `upper`, `share` of what the upper node reads, and
+        `score`, the share of the output that comes along it."""
+        at = {id(node): name for node, name in zip(self.found, self.ids, strict=True)}
+        return pd.DataFrame(
+            [
+                {
+                    "lower": at[id(edge.lower)],
+                    "upper": at[id(edge.upper)],
+                    "share": edge.share,
+                    "score": edge.share * edge.upper.score,
+                }
+                for edge in self.links
+            ]
+        )
 
 
-def search(reader: Reader, root: Node, *, width: int, depth: int) -> tuple[list[Node], list[Edge]]:
-    """The paths that carry most, by beam search from the top.
+def trace(
+    model: HookedBilinearTransformer,
+    output: Output,
+    *,
+    prompt: str | None = None,
+    layer: int | None = None,
+    width: int = 8,
+    depth: int = 4,
+    contrast: Token | Literal["mean"] | None = "mean",
+) -> Circuit:
+    """Follow an output down through eigenvectors and heads to tokens, by beam search.
 
-    At each step, of all that write below the nodes found in the last step, the `width` that carry
-    most of the root are kept. Writers of one place that read parallel directions are one node.
+    Args:
+        prompt: take the shares on this text, at whose end the output is written, with attention
+            patterns and norm scales held: they are exact, and sum to 1 (`PromptReader`). Without,
+            they are of the variance for isotropic inputs, from weights alone (`IsotropicReader`).
+        layer: of the MLP whose eigenvectors are the first step; None takes all that writes to the
+            residual stream.
+        width: how many nodes are kept at each step.
+        depth: how many steps.
+        contrast: as for `output_direction`.
+
+    Costs, at each step and for each node, a product with the weights of every head below, and
+    eigenvectors of those MLPs that could be among the best: at most `width * depth * n_layers`
+    decompositions of a matrix of `d_model`.
+
+    Raises:
+        ValueError: if the output, layer, width or depth is out of range, the prompt is empty or
+            too long, an activation is not finite, or, without a prompt, the architecture norms
+            what its blocks write, by a scale that weights do not know.
     """
-    nodes, edges, beam = [root], [], [root]
+    if width < 1 or depth < 1:
+        raise ValueError(f"width={width} and depth={depth} must be at least 1.")
+    if layer is not None:
+        model.bilinear_tensor(layer)
+    direction = model.output_direction(output, contrast)
+    reader: Reader
+    if prompt is None:
+        reader, position, words = IsotropicReader(model), None, None
+    else:
+        reader = PromptReader(FrozenRun(model, model.to_tokens(prompt)))
+        words = [model.token_labels[token] for token in reader.run.tokens[0].tolist()]
+        position = len(words) - 1
+    root = Node(Place("output", model.cfg.n_layers, position=position), direction, score=1.0)
+    with torch.no_grad():
+        found, links = _search(reader, root, layer, width, depth)
+        basis = model.token_basis()
+        tokens = [_ends(node, basis) for node in found]
+    return Circuit(
+        model=model.cfg.model_name,
+        fingerprint=model.fingerprint(),
+        output=output_label(model, output, contrast),
+        prompt=words,
+        found=found,
+        links=links,
+        tokens=tokens,
+    )
+
+
+def _search(
+    reader: Reader, root: Node, layer: int | None, width: int, depth: int
+) -> tuple[list[Node], list[Edge]]:
+    """At each step, of all that write below the nodes found in the last step, those that carry
+    most of the root. Writers of one place that read parallel directions are one node."""
+    found, links, beam = [root], [], [root]
     order = count()
     for _ in tqdm(range(depth), desc="Tracing", leave=False):
-        heap: list[tuple[float, int, float, Node, Node]] = []
-
-        def push(share: float, lower: Node, upper: Node) -> None:
-            heapq.heappush(heap, (-abs(upper.score * share), next(order), share, lower, upper))
-
+        heap: list[tuple[float, int, Edge]] = []
         for upper in beam:
-            for share, lower in reader.writers(upper):
-                push(share, lower, upper)
+            for edge in reader.writers(upper):
+                if (
+                    upper is not root
+                    or layer is None
+                    or (edge.lower.place.kind, edge.lower.place.layer) == ("MLP", layer)
+                ):
+                    heapq.heappush(heap, (-abs(edge.score), next(order), edge))
         beam = []
         while heap and len(beam) < width:
-            carried, _, share, lower, upper = heapq.heappop(heap)
-            if carried == 0:
+            score, _, edge = heapq.heappop(heap)
+            if score == 0:
                 break
-            if lower.place.kind == "MLP":
-                for share, each in reader.eigenvectors(lower, upper, width):
-                    push(share, each, upper)
+            if edge.lower.place.kind == "MLP":
+                for each in reader.eigenvectors(edge, width):
+                    heapq.heappush(heap, (-abs(each.score), next(order), each))
                 continue
-            known = next((node for node in nodes if same(node, lower)), None)
+            known = next((node for node in found if _same(node, edge.lower)), None)
             if known is None:
-                nodes.append(lower)
-                beam.append(lower)
-            edges.append(Edge(known or lower, upper, share))
-            (known or lower).score += upper.score * share
+                found.append(known := edge.lower)
+                beam.append(known)
+            links.append(Edge(known, edge.upper, edge.share))
+            known.score += edge.score
         beam = [node for node in beam if node.place.kind != "embedding"]
-    return nodes, edges
+    return found, links
 
 
-def same(node: Node, other: Node) -> bool:
-    """Whether two nodes are one."""
+def _same(node: Node, other: Node) -> bool:
     if node.place != other.place:
         return False
     cosine = torch.nn.functional.cosine_similarity(node.reads, other.reads, dim=0)
     return bool(cosine.abs() >= PARALLEL)
+
+
+def _name(node: Node) -> str:
+    at = node.place
+    name = {
+        "head": f"L{at.layer}H{at.head}",
+        "eigenvector": f"MLP {at.layer} e{node.index}",
+    }.get(at.kind, at.kind)
+    return name if at.position is None else f"{name}@{at.position}"
+
+
+def _ends(node: Node, basis: Basis) -> tuple[list[str], list[str]]:
+    """The tokens that project most on what a node reads, and those that project least."""
+    projections = basis.directions @ node.reads.to(basis.directions)
+    ends = (projections.topk(N_TOKENS, largest=most).indices for most in (True, False))
+    most, least = ([basis.labels[i] for i in end.tolist()] for end in ends)
+    return most, least
