@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
 
+from bilinear_lens.analysis.nodes import Edge, Node, Place, gain, into_stream
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 
 
@@ -100,13 +101,7 @@ class FrozenRun:
         """
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
 
-        def here(activation: Tensor | float) -> Tensor | float:
-            return activation[rows, positions] if isinstance(activation, Tensor) else activation
-
-        scale = here(self.norm(layer, "ln2"))
-        reading = vectors.expand(len(rows), -1, -1)
-        if isinstance(scale, Tensor):
-            reading = scale[..., None] * reading
+        reading = self.norm(layer, "ln2")[rows, positions][..., None] * vectors
         names, written = self.written(layer, attention=True)
         whole = einsum(written[rows, positions], reading, "b part model, b model k -> b part k")
         own = [i for i, name in enumerate(names) if "H" not in name]
@@ -114,8 +109,7 @@ class FrozenRun:
         biases = parts.index(Part("biases"))
         for each in range(layer + 1):
             attn = self.model.blocks[each].attn
-            after = here(self.after_attention(each))
-            after = after[..., None] if isinstance(after, Tensor) else after
+            after = self.after_attention(each)[rows, positions][..., None]
             out = einsum(attn.W_O, reading * after, "head d model, b model k -> b head d k")
             weight = self.cache[f"blocks.{each}.attn.hook_pattern"][rows, :, positions]
             out = einsum(weight, out, "b head pos, b head d k -> b head pos d k")
@@ -147,24 +141,83 @@ class FrozenRun:
         if not composed:
             rest = written[:, :, 1:].sum(2)
             read, written = ["embedding", "composed"], torch.stack([written[:, :, 0], rest], dim=2)
-        norm = self.norm(layer, "ln1")
-        if isinstance(norm, Tensor):
-            written = written * norm[:, :, None]
+        written = written * self.norm(layer, "ln1")[:, :, None]
         values = einsum(written, weight, "b pos read model, head model d -> b pos read head d")
         return read, values, bias
 
-    def norm(self, layer: int, name: str) -> Float[Tensor, "batch pos d_model"] | float:
-        """What a block's norm multiplies its input by, with its scale held; 1 without that norm."""
-        norm = getattr(self.model.blocks[layer], name, None)
-        if not isinstance(norm, nn.Module):
-            return 1.0
-        return self.model._gain(norm) / self.cache[f"blocks.{layer}.{name}.hook_scale"]
+    def norm(self, layer: int, name: str) -> Float[Tensor, "batch pos #d_model"]:
+        """What a block's norm multiplies its input by, with its scale held."""
+        return gain(self.model, layer, name) * self.inverse_scale(layer, name)[..., None]
 
-    def after_attention(self, layer: int) -> Float[Tensor, "batch pos d_model"] | float:
+    def inverse_scale(self, layer: int, name: str) -> Float[Tensor, "batch pos"]:
+        """One by the scale of a block's norm; ones without that norm."""
+        name = f"blocks.{layer}.{name}.hook_scale"
+        if name not in self.cache:
+            return torch.ones_like(self.cache["blocks.0.hook_resid_pre"][..., 0])
+        return 1 / self.cache[name][..., 0]
+
+    def after_attention(self, layer: int) -> Float[Tensor, "batch pos #d_model"]:
         """What a head's output is multiplied by on its way to the residual stream."""
-        return self.norm(layer, "ln1_post") * getattr(self.model.cfg, "residual_multiplier", 1.0)
+        factor = into_stream(self.model, layer, "attn")
+        return factor * self.inverse_scale(layer, "ln1_post")[..., None]
 
-    def after_mlp(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        """What an MLP's output is multiplied by on its way to the residual stream."""
-        factor = self.norm(layer, "ln2_post") * getattr(self.model.cfg, "residual_multiplier", 1.0)
-        return factor * torch.ones_like(self.cache["blocks.0.hook_resid_pre"])
+    def stream(self, place: Place) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that a node reads there."""
+        match place.kind:
+            case "output":
+                return self.cache[f"blocks.{place.layer - 1}.hook_resid_post"]
+            case "embedding":
+                return self.cache["blocks.0.hook_resid_pre"]
+            case "head":
+                return self.cache[f"blocks.{place.layer}.hook_resid_pre"]
+            case _:
+                return self.cache[f"blocks.{place.layer}.hook_resid_mid"]
+
+    def reading(self, node: Node) -> Float[Tensor, "batch pos"]:
+        """What a node reads, where it reads."""
+        return self.whole(node) * self.reading_scale(node)
+
+    def whole(self, node: Node) -> Float[Tensor, "batch pos"]:
+        """What a node reads before its norm divides it by a scale."""
+        along = self.stream(node.place) @ node.reads
+        return along + node.constant / self.reading_scale(node)
+
+    def reading_scale(self, node: Node) -> Float[Tensor, "batch pos"] | float:
+        """What a node's norm multiplies by, where it reads."""
+        norm = {"head": "ln1", "eigenvector": "ln2"}.get(node.place.kind)
+        return 1.0 if norm is None else self.inverse_scale(node.place.layer, norm)
+
+    def carried(
+        self, head: Node, reading: Float[Tensor, "batch read"]
+    ) -> Float[Tensor, "batch pos read"]:
+        """What a head makes of what it reads at each position, where it writes."""
+        at = head.place
+        pattern = self.cache[f"blocks.{at.layer}.attn.hook_pattern"][:, at.head]
+        return pattern * reading[:, None] * self.inverse_scale(at.layer, "ln1_post")[..., None]
+
+    def activation(
+        self, node: Node, reading: Float[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos"]:
+        """What a node makes of what it reads, where it writes, but for the weight of an edge."""
+        at = node.place
+        match at.kind:
+            case "head":
+                carried = self.carried(node, reading)
+                return carried.sum(-1) if at.position is None else carried[..., at.position]
+            case "eigenvector":
+                return reading**2 * self.inverse_scale(at.layer, "ln2_post")
+            case _:
+                return reading
+
+    def written(
+        self, edge: Edge, reading: Float[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos"]:
+        """What the lower node of an edge writes along what the upper one reads.
+
+        Args:
+            reading: what the lower node reads; None is what it reads in this run.
+        """
+        if edge.lower.place.kind == "embedding":
+            return self.stream(edge.lower.place) @ edge.upper.reads
+        reading = self.reading(edge.lower) if reading is None else reading
+        return edge.weight * self.activation(edge.lower, reading)

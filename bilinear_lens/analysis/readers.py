@@ -1,12 +1,12 @@
-"""What writes along a direction that something above reads: from weights alone, or on a prompt.
+"""What writes along a direction that a node reads: from weights alone, or on a prompt.
 
-A node of a circuit reads a direction of the residual stream. Readers say which heads, MLPs,
-eigenvectors and tokens write along it, and what share of what it reads each carries.
+Readers say which heads, MLPs, eigenvectors and tokens write along it, and what share of what the
+node reads each carries.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -14,50 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilinear_lens.analysis.nodes import (
+    Edge,
+    Node,
+    Place,
+    eigenvector_node,
+    head_reads,
+    into_stream,
+    unit,
+)
 from bilinear_lens.analysis.paths import FrozenRun
 from bilinear_lens.models.transformer import HookedBilinearTransformer
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a model something is."""
-
-    kind: str
-    """`output`, `eigenvector`, `head`, `embedding`, or `MLP`: all eigenvectors of one together."""
-    layer: int
-    """Of an MLP or a head; -1 of the embedding, the number of layers of an output."""
-    head: int | None = None
-    position: int | None = None
-    """On a prompt: where it reads."""
-
-
-@dataclass(eq=False)
-class Node:
-    """Something that reads a direction and writes along those that the nodes above it read."""
-
-    place: Place
-    reads: Float[Tensor, " d_model"]
-    """Of the embedding, the direction along which it is read."""
-    index: int | None = None
-    """Of an eigenvector, in the order of its spectrum."""
-    value: float | None = None
-    """Of an eigenvector, its eigenvalue."""
-    score: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Edge:
-    """What a node writes along the direction that the node above it reads."""
-
-    lower: Node
-    upper: Node
-    share: float
-    """Of what the upper node reads."""
-
-    @property
-    def score(self) -> float:
-        """The share of the output."""
-        return self.share * self.upper.score
+from bilinear_lens.spectrum import Spectrum
 
 
 class Reader(Protocol):
@@ -71,7 +39,7 @@ class Reader(Protocol):
 
     @abstractmethod
     def eigenvectors(self, mlp: Edge, k: int) -> Iterable[Edge]:
-        """From the eigenvectors of an MLP that carry most."""
+        """From the k eigenvectors of an MLP that carry most, of the direction that it is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,52 +55,47 @@ class IsotropicReader:
     model: HookedBilinearTransformer
 
     @cached_property
-    def grams(self) -> list[Tensor]:
+    def grams(self) -> list[Float[Tensor, "d_model d_model"]]:
         layers = range(self.model.cfg.n_layers)
         return [self.model.bilinear_tensor(layer).output_gram() for layer in layers]
 
     @cached_property
-    def covariance(self) -> Tensor:
+    def covariance(self) -> Float[Tensor, "d_model d_model"]:
         every = torch.arange(self.model.cfg.d_vocab, device=self.model.cfg.device)
         return self.model.embed(every).float().mT.cov()
 
     def writers(self, upper: Node) -> Iterable[Edge]:
         d, at = upper.reads, upper.place
-        found = [(d @ self.covariance @ d, Node(Place("embedding", -1), d))]
+        found = [(d @ self.covariance @ d, Node(Place("embedding", -1), d), 1.0)]
         for layer in range(at.layer + (at.kind == "eigenvector")):
-            attn = self.model.blocks[layer].attn
-            inner = attn.W_O.float() @ d
-            groups = attn.W_V.float().repeat_interleave(len(attn.W_O) // len(attn.W_V), dim=0)
-            reads = (groups @ inner[..., None])[..., 0]
-            found += [
-                (read @ read, Node(Place("head", layer, head), read))
-                for head, read in enumerate(reads)
-            ]
+            for head, reads in enumerate(head_reads(self.model, layer, d)):
+                node, length = unit(Place("head", layer, head), reads)
+                found.append((torch.tensor(length**2), node, length))
         for layer in range(at.layer):
-            variance = 2 * d @ self.grams[layer] @ d
-            found.append((variance, Node(Place("MLP", layer), d)))
-        total = sum(variance for variance, _ in found)
-        return [Edge(lower, upper, (variance / total).item()) for variance, lower in found]
+            along = d * into_stream(self.model, layer, "mlp")
+            variance = 2 * along @ self.grams[layer] @ along
+            found.append((variance, Node(Place("MLP", layer), along), 1.0))
+        total = sum(variance.item() for variance, _, _ in found)
+        for variance, lower, weight in found:
+            yield Edge(lower, upper, weight, variance.item() / total)
 
     def eigenvectors(self, mlp: Edge, k: int) -> Iterable[Edge]:
-        layer, d = mlp.lower.place.layer, mlp.upper.reads
-        tensor = self.model.bilinear_tensor(layer)
-        spectrum = tensor.eigh(d, min(k, tensor.d_in))
-        whole = (d @ self.grams[layer] @ d).item()
-        for i, (value, vector) in enumerate(
-            zip(spectrum.values.tolist(), spectrum.vectors.mT, strict=True)
-        ):
-            lower = Node(Place("eigenvector", layer), vector[: tensor.d_in], i, value)
-            yield Edge(lower, mlp.upper, mlp.share * value**2 / whole)
+        place, along = mlp.lower.place, mlp.lower.reads
+        tensor = self.model.bilinear_tensor(place.layer)
+        spectrum = tensor.eigh(along, min(k, tensor.d_in))
+        whole = (along @ self.grams[place.layer] @ along).item()
+        for i, value in enumerate(spectrum.values.tolist()):
+            node, factor = _eigenvector(self.model, mlp, spectrum, i)
+            yield Edge(node, mlp.upper, value * factor, mlp.share * value**2 / whole)
 
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Shares of what a direction reads on a prompt, with attention patterns and norms held.
+    """Shares of what a node reads on a prompt, with attention patterns and norm scales held.
 
-    Along a head and the embedding it is linear; an eigenvector adds `value (vector . x)^2`, and
-    what it reads has the share `vector . part / vector . x` of that. Shares sum to 1, with those of
-    biases, and may be negative.
+    They are exact, sum to 1 with those of biases, and may be negative. A head stands once for each
+    position that it reads. An eigenvector adds the square of what it reads, of which a part that
+    carries a share of the reading is given that share: `vector . part` times `vector . x`.
     """
 
     run: FrozenRun
@@ -141,59 +104,42 @@ class PromptReader:
     def model(self) -> HookedBilinearTransformer:
         return self.run.model
 
-    def stream(self, node: Node) -> Float[Tensor, " d_model"]:
-        """The residual stream that a node reads, at its position."""
-        at = node.place
-        if at.kind == "output":
-            name = f"blocks.{at.layer - 1}.hook_resid_post"
-        else:
-            name = f"blocks.{at.layer}.hook_resid_{'pre' if at.kind == 'head' else 'mid'}"
-        return self.run.cache[name][0, at.position]
-
     def writers(self, upper: Node) -> Iterable[Edge]:
-        cache, d, at = self.run.cache, upper.reads, upper.place
-        whole, here = d @ self.stream(upper), at.position
-        start = cache["blocks.0.hook_resid_pre"][0, here]
-        found = [(d @ start, Node(Place("embedding", -1, position=here), d))]
+        d, at = upper.reads, upper.place
+        here = at.position
+        whole = self.run.whole(upper)[0, here]
+        start = self.run.cache["blocks.0.hook_resid_pre"][0, here] @ d
+        yield Edge(Node(Place("embedding", -1, position=here), d), upper, 1.0, (start / whole).item())
         for layer in range(at.layer + (at.kind == "eigenvector")):
-            found += self._heads(layer, here, d)
+            reads = head_reads(self.model, layer, d)
+            for head, read in enumerate(reads):
+                node, length = unit(Place("head", layer, head), read)
+                written = length * self.run.carried(node, self.run.reading(node))[0, here]
+                for position, part in enumerate((written[: here + 1] / whole).tolist()):
+                    lower = Node(replace(node.place, position=position), node.reads)
+                    yield Edge(lower, upper, length, part)
         for layer in range(at.layer):
-            x = cache[f"blocks.{layer}.mlp.hook_in"][0, here]
-            along = d * self.run.after_mlp(layer)[0, here]
-            most = self.model.bilinear_tensor(layer).interaction(along).norm() * (x @ x)
-            found.append((most, Node(Place("MLP", layer, position=here), along)))
-        return [Edge(lower, upper, (part / whole).item()) for part, lower in found]
-
-    def _heads(self, layer: int, here: int, d: Tensor) -> list[tuple[Tensor, Node]]:
-        """What each head writes along d from each position that it attends to."""
-        attn = self.model.blocks[layer].attn
-        after = self.run.after_attention(layer)
-        inner = attn.W_O @ (d * (after[0, here] if isinstance(after, Tensor) else after))
-        groups = attn.W_V.repeat_interleave(len(attn.W_O) // len(attn.W_V), dim=0)
-        reads = (groups @ inner[..., None])[..., 0]
-        pattern = self.run.cache[f"blocks.{layer}.attn.hook_pattern"][0, :, here]
-        norm = self.run.norm(layer, "ln1")
-        stream = self.run.cache[f"blocks.{layer}.hook_resid_pre"][0]
-        found = []
-        for position in range(here + 1):
-            seen = reads * (norm[0, position] if isinstance(norm, Tensor) else norm)
-            for head, read in enumerate(seen * pattern[:, position, None]):
-                place = Place("head", layer, head, position)
-                found.append((read @ stream[position], Node(place, read)))
-        return found
+            along = d * into_stream(self.model, layer, "mlp")
+            x = self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here]
+            squares = x @ x + self.model.bilinear_tensor(layer).affine
+            most = self.model.bilinear_tensor(layer).interaction(along).norm() * squares
+            most = most * self.run.inverse_scale(layer, "ln2_post")[0, here]
+            lower = Node(Place("MLP", layer, position=here), along)
+            yield Edge(lower, upper, 1.0, (most / whole).item())
 
     def eigenvectors(self, mlp: Edge, k: int) -> Iterable[Edge]:
         layer, here = mlp.lower.place.layer, mlp.lower.place.position
-        tensor = self.model.bilinear_tensor(layer)
-        spectrum = tensor.eigh(mlp.lower.reads)
-        x = self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here]
-        projections, adds = spectrum.projections(x), spectrum.activations(x)
-        whole = (mlp.upper.reads @ self.stream(mlp.upper)).item()
-        norm = self.run.norm(layer, "ln2")
-        scale = norm[0, here] if isinstance(norm, Tensor) else norm
+        spectrum = self.model.bilinear_tensor(layer).eigh(mlp.lower.reads)
+        adds = spectrum.activations(self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here])
+        adds = adds * self.run.inverse_scale(layer, "ln2_post")[0, here]
+        whole = self.run.whole(mlp.upper)[0, here].item()
         for i in adds.abs().topk(min(k, spectrum.k)).indices.tolist():
-            vector = spectrum.vectors[: tensor.d_in, i]
-            reads = spectrum.values[i] * projections[i] * vector * scale
-            place = Place("eigenvector", layer, position=here)
-            lower = Node(place, reads, i, spectrum.values[i].item())
-            yield Edge(lower, mlp.upper, adds[i].item() / whole)
+            node, factor = _eigenvector(self.model, mlp, spectrum, i)
+            yield Edge(node, mlp.upper, spectrum.values[i].item() * factor, adds[i].item() / whole)
+
+
+def _eigenvector(
+    model: HookedBilinearTransformer, mlp: Edge, spectrum: Spectrum, index: int
+) -> tuple[Node, float]:
+    place = replace(mlp.lower.place, kind="eigenvector")
+    return eigenvector_node(model, place, spectrum.vectors[:, index], index)

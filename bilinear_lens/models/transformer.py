@@ -288,7 +288,7 @@ class HookedBilinearTransformer(TransformerBridge):
         else:
             against = self.W_U[:, self.token_id(contrast)].float()
         # the final norm's gain is ones, unless the architecture cannot be folded
-        directions = (self.W_U[:, ids].float() - against[:, None]).mT * self._gain(self.ln_final)
+        directions = (self.W_U[:, ids].float() - against[:, None]).mT * self.norm_gain(self.ln_final)
         return directions if layer is None else directions * self._output_gain(layer)
 
     def add_eigenbasis(
@@ -454,10 +454,10 @@ class HookedBilinearTransformer(TransformerBridge):
     def _output_gain(self, layer: int) -> Tensor | float:
         """What a layer's MLP output is multiplied by on its way to the residual stream."""
         block = self.blocks[layer]
-        return self._gain(block.ln2_post) if hasattr(block, "ln2_post") else 1.0
+        return self.norm_gain(block.ln2_post) if hasattr(block, "ln2_post") else 1.0
 
     @torch.no_grad()
-    def _gain(self, norm: nn.Module) -> Float[Tensor, " d_model"]:
+    def norm_gain(self, norm: nn.Module) -> Float[Tensor, " d_model"]:
         """What a norm multiplies by: its output for an input of ones."""
         ones = torch.ones(1, 1, self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
         return norm(ones)[0, 0].float()

@@ -1,0 +1,158 @@
+"""`trace`: the circuit of an output, found by beam search."""
+
+import heapq
+import random as shuffling
+from itertools import count
+from typing import Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from bilinear_lens.analysis.circuits import Circuit
+from bilinear_lens.analysis.interactions import output_label
+from bilinear_lens.analysis.nodes import Edge, Node, Place, unit
+from bilinear_lens.analysis.paths import FrozenRun
+from bilinear_lens.analysis.readers import IsotropicReader, PromptReader, Reader
+from bilinear_lens.basis import Basis
+from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
+
+PARALLEL = 0.99
+"""Nodes of one place that read directions with at least this cosine are one."""
+
+N_TOKENS = 5
+"""Listed at each end of what a node reads."""
+
+
+@torch.no_grad()
+def trace(
+    model: HookedBilinearTransformer,
+    output: Output,
+    *,
+    prompt: str | None = None,
+    layer: int | None = None,
+    width: int = 8,
+    depth: int = 4,
+    contrast: Token | Literal["mean"] | None = "mean",
+    random: int | None = None,
+) -> Circuit:
+    """Follow an output down through eigenvectors and heads to tokens, by beam search.
+
+    Args:
+        prompt: take the shares on this text, at whose end the output is written, with attention
+            patterns and norm scales held: they are exact, and sum to 1 (`PromptReader`). Without,
+            they are of the variance for isotropic inputs, from weights alone (`IsotropicReader`).
+        layer: of the MLP whose eigenvectors are the first step; None takes all that writes to the
+            residual stream.
+        width: how many nodes are found at each step.
+        depth: how many steps.
+        contrast: as for `output_direction`.
+        random: a seed: at each step, take writers at random instead of those that carry most, for
+            a control.
+
+    Costs, at each step and for each node, a product with the weights of every head below, and the
+    eigenvectors of those MLPs that could be among the best: at most `width * depth * n_layers`
+    decompositions of a matrix of `d_model`.
+
+    Raises:
+        ValueError: if the output, layer, width or depth is out of range, the prompt is empty or
+            too long, an activation is not finite, or, without a prompt, the architecture norms
+            what its blocks write, by a scale that weights do not know.
+    """
+    if width < 1 or depth < 1:
+        raise ValueError(f"width={width} and depth={depth} must be at least 1.")
+    if layer is not None:
+        model.bilinear_tensor(layer)
+    direction = model.output_direction(output, contrast)
+    ids = None if prompt is None else model.to_tokens(prompt)[0].tolist()
+    reader: Reader
+    if ids is None:
+        _check_no_norms_after(model)
+        reader, position = IsotropicReader(model), None
+    else:
+        reader = PromptReader(FrozenRun(model, torch.tensor([ids], device=model.cfg.device)))
+        position = len(ids) - 1
+    root, _ = unit(Place("output", model.cfg.n_layers, position=position), direction)
+    root.score = 1.0
+    found, links = _search(reader, root, layer, width, depth, random)
+    basis = model.token_basis()
+    return Circuit(
+        model=model.cfg.model_name,
+        fingerprint=model.fingerprint(),
+        output=output_label(model, output, contrast),
+        layer=layer,
+        prompt=ids,
+        prompt_tokens=None if ids is None else [model.token_labels[each] for each in ids],
+        found=found,
+        links=links,
+        tokens=[_ends(node, basis) for node in found],
+    )
+
+
+def _check_no_norms_after(model: HookedBilinearTransformer) -> None:
+    if any(hasattr(model.blocks[0], norm) for norm in ("ln1_post", "ln2_post")):
+        raise ValueError(
+            f"{model.cfg.model_name} norms what its blocks write, by a scale that depends on the "
+            "prompt: give one (prompt=...)."
+        )
+
+
+def _search(
+    reader: Reader, root: Node, layer: int | None, width: int, depth: int, random: int | None
+) -> tuple[list[Node], list[Edge]]:
+    """At each step, of all that write below the nodes of the last step, those that carry most of
+    the root, or some at random. Writers of one place that read parallel directions are one."""
+    found, links, beam = [root], [], [root]
+    order = count()
+    draw = None if random is None else shuffling.Random(random)
+    for _ in tqdm(range(depth), desc="Tracing", leave=False):
+        heap: list[tuple[float, int, Edge]] = []
+
+        def push(edge: Edge, heap=heap) -> None:
+            if edge.share != 0:
+                rank = -abs(edge.score) if draw is None else draw.random()
+                heapq.heappush(heap, (rank, next(order), edge))
+
+        for upper in beam:
+            for edge in reader.writers(upper):
+                at = edge.lower.place
+                if upper is root and layer is not None and (at.kind, at.layer) != ("MLP", layer):
+                    continue
+                push(edge)
+        beam = []
+        while heap and len(beam) < width:
+            *_, edge = heapq.heappop(heap)
+            if edge.lower.place.kind == "MLP":
+                for each in reader.eigenvectors(edge, width if draw is None else edge.lower.reads.numel()):
+                    push(each)
+                continue
+            known = next((node for node in found if _same(node, edge.lower)), None)
+            if known is None:
+                found.append(known := edge.lower)
+                beam.append(known)
+            sign = 1 if known.reads @ edge.lower.reads > 0 or known.index is not None else -1
+            links.append(Edge(known, edge.upper, sign * edge.weight, edge.share))
+        beam = [node for node in beam if node.place.kind != "embedding"]
+        _add_scores(found, links)
+    return found, links
+
+
+def _same(node: Node, other: Node) -> bool:
+    if node.place != other.place:
+        return False
+    return node.place.kind == "embedding" or bool((node.reads @ other.reads).abs() >= PARALLEL)
+
+
+def _add_scores(found: list[Node], links: list[Edge]) -> None:
+    """Each node's share of the output: the sum over its edges, from above to below."""
+    for node in sorted(found[1:], key=lambda node: node.place.height, reverse=True):
+        node.score = sum(edge.score for edge in links if edge.lower is node)
+
+
+def _ends(node: Node, basis: Basis) -> tuple[list[str], list[str]]:
+    """The tokens that project most on what a node reads, and those that project least."""
+    if node.place.kind == "embedding":
+        return [], []
+    projections = basis.directions @ node.reads.to(basis.directions)
+    ends = (projections.topk(N_TOKENS, largest=most).indices for most in (True, False))
+    most, least = ([basis.labels[i] for i in end.tolist()] for end in ends)
+    return most, least
