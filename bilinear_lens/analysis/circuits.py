@@ -1,16 +1,24 @@
 """Circuits: what an output reads, through eigenvectors and heads down to tokens."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from html import escape
+from itertools import compress
+from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from bilinear_lens.analysis.nodes import Edge, Node
+from bilinear_lens.analysis.attribution_graph import attribution_graph
+from bilinear_lens.analysis.nodes import Edge, Node, Place
 from bilinear_lens.models.transformer import HookedBilinearTransformer
+
+_FORMAT = "bilinear_lens circuit"
+"""Under which the metadata of a file has all that is no tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +35,7 @@ class Circuit:
     """Token ids, of a circuit on a prompt."""
     prompt_tokens: list[str] | None
     found: list[Node]
-    """The output first, then as they were found."""
+    """The output first, then always the node that carries most of those below the ones before."""
     links: list[Edge]
     tokens: list[tuple[list[str], list[str]]]
     """For each node, the tokens that project most on what it reads, and those that do least."""
@@ -38,7 +46,7 @@ class Circuit:
     @cached_property
     def ids(self) -> list[str]:
         """A name for each node: `L0H3`, `MLP 1 e4`, on a prompt with its position, `L0H3@5`."""
-        names = [node.name for node in self.found]
+        names = [self.output.removesuffix(" - mean"), *(node.name for node in self.found[1:])]
         seen: Counter[str] = Counter()
         for i, name in enumerate(names):
             seen[name] += 1
@@ -50,11 +58,14 @@ class Circuit:
     def nodes(self) -> pd.DataFrame:
         """A row for each node.
 
-        Columns `node`, `kind`, `layer`, `head`, `eigenvector`, `position`, `token`, `score`: the
-        share of the output that comes through the node, on a prompt of its value, from weights of
-        its variance for isotropic inputs; `measured`, if it was; `reads_most`, `reads_least`:
-        tokens at both ends of what it reads.
+        Columns `node`, `kind`, `layer`, `head`, `eigenvector`, `eigenvalue` (of its strongest
+        edge), `position`, `token`, `score`: the share of the output that comes through the node, on
+        a prompt of its value, from weights of its variance over the vocabulary; `measured`, if it
+        was; `reads_most`, `reads_least`: tokens at both ends of what it reads.
         """
+        strongest: dict[Node, float] = {}
+        for edge in sorted(self.links, key=lambda edge: abs(edge.share)):
+            strongest[edge.lower] = edge.weight
         rows = [
             {
                 "node": name,
@@ -62,8 +73,9 @@ class Circuit:
                 "layer": node.place.layer,
                 "head": node.place.head,
                 "eigenvector": node.index,
+                "eigenvalue": None if node.index is None else strongest[node],
                 "position": node.place.position,
-                "token": None if self.prompt_tokens is None else self.prompt_tokens[node.place.position],
+                "token": self._token(node),
                 "score": node.score,
                 "reads_most": most,
                 "reads_least": least,
@@ -71,6 +83,10 @@ class Circuit:
             for name, node, (most, least) in zip(self.ids, self.found, self.tokens, strict=True)
         ]
         return _measured(pd.DataFrame(rows), self.node_effects)
+
+    def _token(self, node: Node) -> str | None:
+        position = node.place.position
+        return None if position is None else (self.prompt_tokens or [])[position]
 
     @property
     def edges(self) -> pd.DataFrame:
@@ -80,7 +96,7 @@ class Circuit:
         that of an eigenvector it is the eigenvalue; `share` of what the upper node reads; `score`:
         the share of the output that comes along the edge; `measured`, if it was.
         """
-        at = {node: name for node, name in zip(self.found, self.ids, strict=True)}
+        at = dict(zip(self.found, self.ids, strict=True))
         rows = [
             {
                 "lower": at[edge.lower],
@@ -94,6 +110,58 @@ class Circuit:
         columns = ["lower", "upper", "weight", "share", "score"]
         return _measured(pd.DataFrame(rows, columns=columns), self.edge_effects)
 
+    def top(self, n: int) -> "Circuit":
+        """The output and the n nodes that come first, with the edges between them.
+
+        Raises:
+            ValueError: if n is not between 1 and the number of nodes below the output.
+        """
+        if not 1 <= n < len(self.found):
+            raise ValueError(f"n={n} must be between 1 and the {len(self.found) - 1} nodes.")
+        kept = set(self.found[: n + 1])
+        within = [edge.lower in kept and edge.upper in kept for edge in self.links]
+        effects = self.edge_effects
+        return replace(
+            self,
+            found=self.found[: n + 1],
+            links=list(compress(self.links, within)),
+            tokens=self.tokens[: n + 1],
+            node_effects=self.node_effects and self.node_effects[: n + 1],
+            edge_effects=effects and list(compress(effects, within)),
+        )
+
+    def paths(self, lower: str, upper: str | None = None) -> pd.DataFrame:
+        """All ways from a node up to another.
+
+        Args:
+            lower, upper: names, as in `nodes`; None is the output.
+
+        Returns:
+            Columns `path`, the names from above to below, and `share` of what `upper` reads; the
+            largest magnitude first.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if `lower` is not below `upper`.
+        """
+        at = dict(zip(self.ids, self.found, strict=True))
+        upper = upper or self.ids[0]
+        for name in (lower, upper):
+            if name not in at:
+                raise KeyError(f"No node {name!r} in this circuit; there are {', '.join(at)}.")
+        if at[lower].place.height >= at[upper].place.height:
+            raise ValueError(f"{lower!r} is not below {upper!r}: paths go up, from lower to upper.")
+        names = {node: name for name, node in at.items()}
+        ways, rows = [([lower], 1.0)], []
+        while ways:
+            names_up, share = ways.pop()
+            for edge in self.links:
+                if names[edge.lower] == names_up[0]:
+                    way = [names[edge.upper], *names_up], share * edge.share
+                    (rows if edge.upper is at[upper] else ways).append(way)
+        rows.sort(key=lambda row: -abs(row[1]))
+        return pd.DataFrame(rows, columns=["path", "share"])
+
     def check_model(self, model: HookedBilinearTransformer) -> None:
         """Refuse another model than the circuit's.
 
@@ -102,12 +170,99 @@ class Circuit:
         """
         if model.fingerprint() != self.fingerprint:
             raise ValueError(
-                f"This circuit is of {self.model} with other weights than this "
+                f"This circuit is of {self.model}, and not of these weights of "
                 f"{model.cfg.model_name}: trace the output again."
             )
+
+    def save(self, path: str | Path) -> None:
+        """Write the circuit to a safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: if the file cannot be written.
+        """
+        index = {node: i for i, node in enumerate(self.found)}
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: value for name, value in said.items() if name not in ("found", "links")}
+        plain["nodes"] = [
+            {**asdict(node.place), "index": node.index, "constant": node.constant}
+            for node in self.found
+        ]
+        tensors = {
+            "reads": torch.stack([node.reads for node in self.found]).cpu(),
+            "scores": _table([node.score for node in self.found]),
+            "edges": _table(
+                [
+                    [index[edge.lower], index[edge.upper], edge.weight, edge.share]
+                    for edge in self.links
+                ]
+            ).reshape(-1, 4),
+        }
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            save_file(tensors, part, {_FORMAT: json.dumps(plain)})
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"Cannot write {path}: {error}. Name a file in a folder.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Circuit":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is no circuit.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                plain = json.loads((file.metadata() or {})[_FORMAT])
+                reads, scores, edges = (file.get_tensor(n) for n in ("reads", "scores", "edges"))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no circuit that `Circuit.save` wrote: {error}") from error
+        found = [
+            Node(
+                Place(**{name: each[name] for name in ("kind", "layer", "head", "position")}),
+                vector,
+                each["index"],
+                each["constant"],
+                score,
+            )
+            for each, vector, score in zip(plain.pop("nodes"), reads, scores.tolist(), strict=True)
+        ]
+        links = [
+            Edge(found[int(lower)], found[int(upper)], weight, share)
+            for lower, upper, weight, share in edges.tolist()
+        ]
+        if any(edge.lower.place.height >= edge.upper.place.height for edge in links):
+            raise ValueError(f"{path} holds an edge that does not go up: it is no circuit.")
+        ends = [(most, least) for most, least in plain.pop("tokens")]
+        return cls(**plain, tokens=ends, found=found, links=links)
+
+    def to_json(self) -> str:
+        """The circuit in the graph schema of circuit-tracer and Neuronpedia.
+
+        `analysis.attribution_graph` says which fields are filled.
+        """
+        graph = attribution_graph(
+            self.nodes, self.edges, model=self.model, title=self.title, prompt=self.prompt_tokens
+        )
+        return json.dumps(graph, indent=1)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.title)}</p>{self.nodes.to_html(max_rows=20)}"
+
+    @property
+    def title(self) -> str:
+        """What the circuit is of."""
+        prompt = "".join(self.prompt_tokens or [])
+        where = f"on {prompt!r}" if prompt else "from weights"
+        return f"{self.output} in {self.model}, {where}"
 
 
 def _measured(frame: pd.DataFrame, effects: list[float] | None) -> pd.DataFrame:
     if effects is not None:
-        frame.insert(frame.columns.get_loc("score") + 1, "measured", effects)  # pyright: ignore[reportArgumentType]
+        frame.insert(list(frame.columns).index("score") + 1, "measured", effects)
     return frame
+
+
+def _table(rows: list) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)

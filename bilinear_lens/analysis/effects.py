@@ -1,7 +1,6 @@
 """Are circuits true? What the output loses without a node or an edge, and without all the rest."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -62,8 +61,7 @@ def measure_effects(
         restricted = _Restricted(circuit, run, means)
         outputs.append(restricted.output())
         for each, found in zip(things, changes, strict=True):
-            edit = restricted.without_node if isinstance(each, Node) else restricted.without_edge
-            found.append(outputs[-1] - restricted.output(*edit(each)))
+            found.append(outputs[-1] - restricted.output(*restricted.without(each)))
             bar.update()
     bar.close()
     output = torch.cat(outputs)
@@ -86,8 +84,8 @@ def faithfulness(
 ) -> pd.DataFrame:
     """How much of the output is left when nothing but the circuit writes it.
 
-    What a node reads is held at its mean over `text`, but for what the circuit's own nodes write
-    there; a node with none below it in the circuit reads as it does in the model. The model then
+    What a node reads is held at its mean over `text`, but for what the kept nodes write there; one
+    with none below it in the whole circuit reads as it does in the model. The model then
     runs on from what the output's MLP (of a circuit with a `layer`), or all MLPs and heads, write.
 
     Args:
@@ -97,7 +95,7 @@ def faithfulness(
         window: as for `measure_effects`.
 
     Returns:
-        A row for each number of nodes, in the order in which they were found: columns `circuit`
+        A row for each number of nodes, kept in the circuit's order: columns `circuit`
         (`traced` or `random`), `draw`, `nodes`, `left`: 1 where the output is as it was, 0 where
         it is as without any node, by regression over the text's positions; `explained`: the share
         of the variance that all nodes make.
@@ -115,11 +113,10 @@ def faithfulness(
         runs = _runs(model, each, text, window) if each.prompt else reference
         restricted = [_Restricted(each, run, means) for run in runs]
         whole = torch.cat([run.output() for run in restricted])
+        none = torch.cat([run.output(*run.only(set())) for run in restricted])
         for n in range(len(each.found)):
             kept = set(each.found[1 : n + 1])
             out = torch.cat([run.output(*run.only(kept)) for run in restricted])
-            if n == 0:
-                none = out
             gone, left = whole - none, out - none
             rows.append(
                 {
@@ -150,26 +147,24 @@ class _Means:
 
     reading: dict[Node, float]
     whole: dict[Node, float]
-    written: dict[Edge, float]
+    carries: dict[Edge, float]
     layer: float
     """What the MLP of the circuit's `layer` writes along the output."""
 
     @classmethod
     def over(cls, runs: Sequence[FrozenRun], circuit: Circuit) -> "_Means":
-        def mean(value) -> float:
-            return (sum(value(run).mean() for run in runs) / len(runs)).item()
+        def mean(values: Iterable[Tensor]) -> float:
+            return sum(value.mean().item() for value in values) / len(runs)
 
         anywhere = {
             node: replace(node, place=replace(node.place, position=None)) for node in circuit.found
         }
+        edges = {edge: replace(edge, lower=anywhere[edge.lower]) for edge in circuit.links}
         return cls(
-            reading={node: mean(lambda run: run.reading(node)) for node in circuit.found},
-            whole={node: mean(lambda run: run.whole(node)) for node in circuit.found},
-            written={
-                edge: mean(lambda run: run.written(replace(edge, lower=anywhere[edge.lower])))
-                for edge in circuit.links
-            },
-            layer=mean(lambda run: _written_by_layer(run, circuit)),
+            reading={node: mean(run.reading(node) for run in runs) for node in circuit.found},
+            whole={node: mean(run.whole(node) for run in runs) for node in circuit.found},
+            carries={edge: mean(run.carries(each) for run in runs) for edge, each in edges.items()},
+            layer=mean(_written_by_layer(run, circuit) for run in runs),
         )
 
 
@@ -191,7 +186,7 @@ class _Restricted:
     means: _Means | None
     """What is left of what is taken out; None leaves nothing."""
 
-    def output(self, name: str = "", change: Tensor | None = None) -> Float[Tensor, " n"]:
+    def output(self, name: str = "", change: Tensor | float = 0.0) -> Float[Tensor, " n"]:
         """What reaches the unembedding along the output, at the prompt's end, or at each position
         of text but the first, with a change of an activation."""
         model, root = self.run.model, self.circuit.found[0]
@@ -205,28 +200,32 @@ class _Restricted:
             (last, lambda stream, hook: factors.append(stream @ root.reads)),
             ("ln_final.hook_scale", lambda scale, hook: factors.append(1 / scale[..., 0])),
         ]
-        if change is not None:
+        if name:
             hooks = [(name, add), *hooks]
         model.run_with_hooks(self.run.tokens, fwd_hooks=hooks, return_type=None)
-        along, position = math.prod(factors), root.place.position
+        along, position = torch.stack(factors).prod(0), root.place.position
         return along[:, 1:].flatten() if position is None else along[:, position]
 
-    def without_node(self, node: Node) -> tuple[str, Tensor]:
+    def without(self, each: Node | Edge) -> tuple[str, Tensor]:
+        """The hook's name and the change of the residual stream that take out a node or an edge."""
+        return self._node(each) if isinstance(each, Node) else self._edge(each)
+
+    def _node(self, node: Node) -> tuple[str, Tensor]:
         """The change of the residual stream that takes out what a node writes."""
         above = [edge for edge in self.circuit.links if edge.lower is node]
-        changes = [self._at(edge, self._mean(edge) - self.run.written(edge)) for edge in above]
+        changes = [self._at(edge, self._mean(edge) - self.run.carries(edge)) for edge in above]
         return _stream_after(node), _shortest(above, changes)
 
-    def without_edge(self, edge: Edge) -> tuple[str, Tensor]:
+    def _edge(self, edge: Edge) -> tuple[str, Tensor]:
         """The change of what the upper node writes when it does not read the lower one's part."""
-        upper, part = edge.upper, self.run.written(edge) - self._mean(edge)
+        upper, part = edge.upper, self.run.carries(edge) - self._mean(edge)
         if upper.place.kind == "output":
             change = -part[..., None] * upper.reads
             return f"blocks.{upper.place.layer - 1}.hook_resid_post", change
         above = [each for each in self.circuit.links if each.lower is upper]
         reading = self.run.reading(upper) - part * self.run.reading_scale(upper)
         changes = [
-            self._at(each, self.run.written(each, reading) - self.run.written(each))
+            self._at(each, self.run.carries(each, reading) - self.run.carries(each))
             for each in above
         ]
         return _stream_after(upper), _shortest(above, changes)
@@ -245,13 +244,13 @@ class _Restricted:
         total = torch.zeros_like(self.run.whole(upper))
         for edge in self.circuit.links:
             if edge.upper is upper and edge.lower in kept:
-                written = self.run.written(edge, self._reading(edge.lower, kept))
+                written = self.run.carries(edge, self._reading(edge.lower, kept))
                 total = total + written - self._mean(edge)
         return total
 
     def _reading(self, node: Node, kept: set[Node]) -> Float[Tensor, "batch pos"] | None:
         """What a node reads of those kept below it; None is what it reads in the model."""
-        if not any(e.upper is node and e.lower in kept for e in self.circuit.links):
+        if not any(edge.upper is node for edge in self.circuit.links):
             return None
         whole = self._needed_means.whole[node] + self._written_below(node, kept)
         return whole * self.run.reading_scale(node)
@@ -262,8 +261,8 @@ class _Restricted:
             return 0.0
         if edge.lower.place.kind == "head" and edge.lower.place.position is not None:
             reading = torch.full_like(self.run.whole(edge.lower), self.means.reading[edge.lower])
-            return self.run.written(edge, reading)
-        return self.means.written[edge]
+            return self.run.carries(edge, reading)
+        return self.means.carries[edge]
 
     def _at(self, edge: Edge, change: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
         """On a prompt, only where the upper node reads."""

@@ -209,7 +209,7 @@ class FrozenRun:
             case _:
                 return reading
 
-    def written(
+    def carries(
         self, edge: Edge, reading: Float[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos"]:
         """What the lower node of an edge writes along what the upper one reads.

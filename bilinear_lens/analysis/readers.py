@@ -1,14 +1,12 @@
 """What writes along a direction that a node reads: from weights alone, or on a prompt.
 
-Readers say which heads, MLPs, eigenvectors and tokens write along it, and what share of what the
+A reader says which heads, MLPs, eigenvectors and tokens write along it, and what share of what the
 node reads each carries.
 """
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -28,65 +26,62 @@ from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.spectrum import Spectrum
 
 
-class Reader(Protocol):
-    """What writes below a node, and how much of what the node reads each carries."""
-
-    model: HookedBilinearTransformer
-
-    @abstractmethod
-    def writers(self, upper: Node) -> Iterable[Edge]:
-        """From each writer below; from a whole MLP, at least the share of any eigenvector."""
-
-    @abstractmethod
-    def eigenvectors(self, mlp: Edge, k: int) -> Iterable[Edge]:
-        """From the k eigenvectors of an MLP that carry most, of the direction that it is read."""
-
-
 @dataclass(frozen=True, eq=False)
-class IsotropicReader:
-    """Shares of variance, from the weights alone.
+class VocabularyReader:
+    """Shares of variance over the vocabulary, from the weights alone.
 
-    Every head and MLP reads a normed residual stream; take it as Gaussian with covariance 1. Along
-    a direction d the variance is then `2 ||Q_d||_F^2` of what an MLP writes, `2 value^2` of one
-    of its eigenvectors, `||W_V W_O d||^2` of a head that attends to one token, and the
-    embedding's is that over the vocabulary. A share is of the sum over all writers.
+    Each writer reads a token drawn at random, and a head attends to one: what reaches heads and
+    MLPs is Gaussian with the covariance C of the token directions. Along a direction d the variance
+    of what a head writes is then that of its reading, `r^T C r` with `r = W_V W_O d`; that of an
+    MLP is `2 tr(Q C Q C)` with its interaction Q, and of one of its eigenvectors
+    `2 (value v^T C v)^2`; the embedding's is its own over the vocabulary. A share is of the sum
+    over all writers.
     """
 
     model: HookedBilinearTransformer
 
     @cached_property
-    def grams(self) -> list[Float[Tensor, "d_model d_model"]]:
-        layers = range(self.model.cfg.n_layers)
-        return [self.model.bilinear_tensor(layer).output_gram() for layer in layers]
-
-    @cached_property
-    def covariance(self) -> Float[Tensor, "d_model d_model"]:
+    def embedding(self) -> Float[Tensor, "d_model d_model"]:
         every = torch.arange(self.model.cfg.d_vocab, device=self.model.cfg.device)
         return self.model.embed(every).float().mT.cov()
 
+    @cached_property
+    def covariance(self) -> Float[Tensor, "d_model d_model"]:
+        return self.model.token_basis().directions.mT.cov()
+
     def writers(self, upper: Node) -> Iterable[Edge]:
+        """From each writer below; an MLP stands for all its eigenvectors, and carries more."""
         d, at = upper.reads, upper.place
-        found = [(d @ self.covariance @ d, Node(Place("embedding", -1), d), 1.0)]
+        found = [(d @ self.embedding @ d, Node(Place("embedding", -1), d), 1.0)]
         for layer in range(at.layer + (at.kind == "eigenvector")):
             for head, reads in enumerate(head_reads(self.model, layer, d)):
                 node, length = unit(Place("head", layer, head), reads)
-                found.append((torch.tensor(length**2), node, length))
+                found.append((reads @ self.covariance @ reads, node, length))
         for layer in range(at.layer):
             along = d * into_stream(self.model, layer, "mlp")
-            variance = 2 * along @ self.grams[layer] @ along
-            found.append((variance, Node(Place("MLP", layer), along), 1.0))
+            found.append((self._variance(layer, along), Node(Place("MLP", layer), along), 1.0))
         total = sum(variance.item() for variance, _, _ in found)
         for variance, lower, weight in found:
             yield Edge(lower, upper, weight, variance.item() / total)
 
     def eigenvectors(self, mlp: Edge, k: int) -> Iterable[Edge]:
+        """From the k eigenvectors of an MLP, in the direction that it is read, that carry most."""
         place, along = mlp.lower.place, mlp.lower.reads
-        tensor = self.model.bilinear_tensor(place.layer)
-        spectrum = tensor.eigh(along, min(k, tensor.d_in))
-        whole = (along @ self.grams[place.layer] @ along).item()
-        for i, value in enumerate(spectrum.values.tolist()):
+        d_model = len(along)
+        spectrum = self.model.bilinear_tensor(place.layer).eigh(along)
+        vectors = spectrum.vectors[:d_model]
+        spread = (vectors * (self.covariance @ vectors)).sum(0)
+        variances = 2 * (spectrum.values * spread) ** 2
+        shares = mlp.share * variances / self._variance(place.layer, along)
+        for i in shares.topk(min(k, spectrum.k)).indices.tolist():
             node, factor = _eigenvector(self.model, mlp, spectrum, i)
-            yield Edge(node, mlp.upper, value * factor, mlp.share * value**2 / whole)
+            weight = spectrum.values[i].item() * factor
+            yield Edge(node, mlp.upper, weight, shares[i].item())
+
+    def _variance(self, layer: int, along: Float[Tensor, " d_model"]) -> Tensor:
+        interaction = self.model.bilinear_tensor(layer).interaction(along)
+        spread = interaction[: len(along), : len(along)] @ self.covariance
+        return 2 * (spread * spread.mT).sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +100,14 @@ class PromptReader:
         return self.run.model
 
     def writers(self, upper: Node) -> Iterable[Edge]:
+        """As `VocabularyReader` has them; of an MLP, a bound of what any eigenvector adds."""
         d, at = upper.reads, upper.place
-        here = at.position
+        here = _position(at)
         whole = self.run.whole(upper)[0, here]
         start = self.run.cache["blocks.0.hook_resid_pre"][0, here] @ d
-        yield Edge(Node(Place("embedding", -1, position=here), d), upper, 1.0, (start / whole).item())
+        yield Edge(
+            Node(Place("embedding", -1, position=here), d), upper, 1.0, (start / whole).item()
+        )
         for layer in range(at.layer + (at.kind == "eigenvector")):
             reads = head_reads(self.model, layer, d)
             for head, read in enumerate(reads):
@@ -128,7 +126,8 @@ class PromptReader:
             yield Edge(lower, upper, 1.0, (most / whole).item())
 
     def eigenvectors(self, mlp: Edge, k: int) -> Iterable[Edge]:
-        layer, here = mlp.lower.place.layer, mlp.lower.place.position
+        """As `VocabularyReader` has them."""
+        layer, here = mlp.lower.place.layer, _position(mlp.lower.place)
         spectrum = self.model.bilinear_tensor(layer).eigh(mlp.lower.reads)
         adds = spectrum.activations(self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here])
         adds = adds * self.run.inverse_scale(layer, "ln2_post")[0, here]
@@ -143,3 +142,8 @@ def _eigenvector(
 ) -> tuple[Node, float]:
     place = replace(mlp.lower.place, kind="eigenvector")
     return eigenvector_node(model, place, spectrum.vectors[:, index], index)
+
+
+def _position(place: Place) -> int:
+    assert place.position is not None, "on a prompt, every node has a position"
+    return place.position

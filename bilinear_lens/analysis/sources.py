@@ -32,11 +32,6 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
     if source == "embedding":
         return Basis(model.token_directions(range(model.cfg.d_vocab)), _quoted(model))
     head, mlp = re.fullmatch(r"L(\d+)H(\d+)", source), re.fullmatch(r"MLP (\d+)", source)
-    if not head and not mlp:
-        raise ValueError(
-            f"source={source!r} must be 'embedding', a head such as 'L0H3', or an earlier MLP such "
-            "as 'MLP 0'."
-        )
     scale = model.embed(torch.arange(model.cfg.d_vocab, device=model.cfg.device)).float()
     scale = scale.square().mean().sqrt()
     if head:
@@ -48,13 +43,18 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
             )
         rows = model.token_directions(range(model.cfg.d_vocab)) @ model.head_weight(at, number)
         return Basis(rows / scale, [f"{token} via {source}" for token in _quoted(model)])
+    if mlp is None:
+        raise ValueError(
+            f"source={source!r} must be 'embedding', a head such as 'L0H3', or an earlier MLP such "
+            "as 'MLP 0'."
+        )
     at = int(mlp.group(1))
     if at >= layer:
         raise ValueError(
             f"source={source!r} does not reach layer {layer}'s MLP: only earlier ones do."
         )
     modes = model.bilinear_tensor(at).hosvd(min(MODES, tensor.d_out))
-    rows = modes.directions * (2**0.5 * modes.values / scale)[:, None]
+    rows = modes.directions * (2**0.5 * modes.singular_values / scale)[:, None]
     return Basis(rows, [f"{source}, direction {i}" for i in range(len(rows))])
 
 

@@ -12,7 +12,7 @@ from bilinear_lens.analysis.circuits import Circuit
 from bilinear_lens.analysis.interactions import output_label
 from bilinear_lens.analysis.nodes import Edge, Node, Place, unit
 from bilinear_lens.analysis.paths import FrozenRun
-from bilinear_lens.analysis.readers import IsotropicReader, PromptReader, Reader
+from bilinear_lens.analysis.readers import PromptReader, VocabularyReader
 from bilinear_lens.basis import Basis
 from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
 
@@ -40,7 +40,7 @@ def trace(
     Args:
         prompt: take the shares on this text, at whose end the output is written, with attention
             patterns and norm scales held: they are exact, and sum to 1 (`PromptReader`). Without,
-            they are of the variance for isotropic inputs, from weights alone (`IsotropicReader`).
+            they are of variances over the vocabulary, from weights alone (`VocabularyReader`).
         layer: of the MLP whose eigenvectors are the first step; None takes all that writes to the
             residual stream.
         width: how many nodes are found at each step.
@@ -64,10 +64,10 @@ def trace(
         model.bilinear_tensor(layer)
     direction = model.output_direction(output, contrast)
     ids = None if prompt is None else model.to_tokens(prompt)[0].tolist()
-    reader: Reader
+    reader: VocabularyReader | PromptReader
     if ids is None:
         _check_no_norms_after(model)
-        reader, position = IsotropicReader(model), None
+        reader, position = VocabularyReader(model), None
     else:
         reader = PromptReader(FrozenRun(model, torch.tensor([ids], device=model.cfg.device)))
         position = len(ids) - 1
@@ -97,7 +97,12 @@ def _check_no_norms_after(model: HookedBilinearTransformer) -> None:
 
 
 def _search(
-    reader: Reader, root: Node, layer: int | None, width: int, depth: int, random: int | None
+    reader: VocabularyReader | PromptReader,
+    root: Node,
+    layer: int | None,
+    width: int,
+    depth: int,
+    random: int | None,
 ) -> tuple[list[Node], list[Edge]]:
     """At each step, of all that write below the nodes of the last step, those that carry most of
     the root, or some at random. Writers of one place that read parallel directions are one."""
@@ -122,18 +127,30 @@ def _search(
         while heap and len(beam) < width:
             *_, edge = heapq.heappop(heap)
             if edge.lower.place.kind == "MLP":
-                for each in reader.eigenvectors(edge, width if draw is None else edge.lower.reads.numel()):
+                for each in reader.eigenvectors(
+                    edge, width if draw is None else edge.lower.reads.numel()
+                ):
                     push(each)
                 continue
             known = next((node for node in found if _same(node, edge.lower)), None)
             if known is None:
                 found.append(known := edge.lower)
                 beam.append(known)
-            sign = 1 if known.reads @ edge.lower.reads > 0 or known.index is not None else -1
-            links.append(Edge(known, edge.upper, sign * edge.weight, edge.share))
+            opposite = known.place.kind == "head" and known.reads @ edge.lower.reads < 0
+            weight = -edge.weight if opposite else edge.weight
+            links.append(Edge(known, edge.upper, weight, edge.share))
         beam = [node for node in beam if node.place.kind != "embedding"]
         _add_scores(found, links)
-    return found, links
+    return _best_first(found, links), links
+
+
+def _best_first(found: list[Node], links: list[Edge]) -> list[Node]:
+    """The output, then again and again the node that carries most of those below what is there."""
+    order = [found[0]]
+    while len(order) < len(found):
+        below = (edge.lower for edge in links if edge.upper in order and edge.lower not in order)
+        order.append(max(below, key=lambda node: abs(node.score)))
+    return order
 
 
 def _same(node: Node, other: Node) -> bool:
@@ -154,5 +171,5 @@ def _ends(node: Node, basis: Basis) -> tuple[list[str], list[str]]:
         return [], []
     projections = basis.directions @ node.reads.to(basis.directions)
     ends = (projections.topk(N_TOKENS, largest=most).indices for most in (True, False))
-    most, least = ([basis.labels[i] for i in end.tolist()] for end in ends)
+    most, least = ([str(basis.labels[i]) for i in end.tolist()] for end in ends)
     return most, least

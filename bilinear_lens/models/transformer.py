@@ -288,7 +288,9 @@ class HookedBilinearTransformer(TransformerBridge):
         else:
             against = self.W_U[:, self.token_id(contrast)].float()
         # the final norm's gain is ones, unless the architecture cannot be folded
-        directions = (self.W_U[:, ids].float() - against[:, None]).mT * self.norm_gain(self.ln_final)
+        directions = (self.W_U[:, ids].float() - against[:, None]).mT * self.norm_gain(
+            self.ln_final
+        )
         return directions if layer is None else directions * self._output_gain(layer)
 
     def add_eigenbasis(
