@@ -14,6 +14,11 @@ from bilinear_lens.analysis.ablation import (
     project_out,
 )
 from bilinear_lens.analysis.pairs import token_pairs
+from bilinear_lens.analysis.sources import source_basis
+from bilinear_lens.analysis.attribution import Attribution, attribute
+from bilinear_lens.analysis.tracing import trace
+from bilinear_lens.analysis.circuits import Circuit
+from bilinear_lens.analysis.effects import faithfulness, measure_effects
 from bilinear_lens.analysis.sweep import sweep
 from bilinear_lens.analysis.search import Summary, Sweep, load_sweep
 from bilinear_lens.analysis.overview import overview
@@ -54,6 +59,13 @@ __all__ = [
     "ablation_curve",
     "k_reaching",
     "token_pairs",
+    "source_basis",
+    "attribute",
+    "Attribution",
+    "trace",
+    "Circuit",
+    "measure_effects",
+    "faithfulness",
     "sweep",
     "load_sweep",
     "Sweep",

@@ -1,4 +1,4 @@
-"""Pages: of a token (table, spectrum, text, ablation), and of an image that a classifier saw."""
+"""Pages: of a token (table, spectrum, text, ablation), a circuit, and an image that was seen."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bilinear_lens.analysis.circuits import Circuit
 from bilinear_lens.analysis.explanation import Explanation
 from bilinear_lens.analysis.interactions import InteractionTable, random_spectrum
 from bilinear_lens.models.classifier import HookedBilinearClassifier
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.spectrum import Spectrum
-from bilinear_lens.views import images, plots, tables, tokens
+from bilinear_lens.views import graphs, images, measures, plots, tables, tokens
 from bilinear_lens.views.report import Section, page
 
 N_PAIRED = 1
@@ -122,6 +123,54 @@ def token_page(
                 ],
             ),
             Section("The model writes", "Sampled at temperature 0.7.", generated),
+        ],
+    )
+
+
+def circuit_page(
+    circuit: Circuit, *, random: Sequence[Circuit], curve: pd.DataFrame, source: str
+) -> str:
+    """A self-contained HTML page about a circuit.
+
+    Args:
+        circuit: with its effects measured.
+        random: circuits of random nodes, measured too.
+        curve: of all of them, from `faithfulness`.
+        source: where the text is from that they were measured on.
+    """
+    nodes = [("traced", circuit), *(("random", each) for each in random)]
+    points = pd.concat(
+        each.nodes.iloc[1:].assign(group=name).rename(columns={"node": "label"})
+        for name, each in nodes
+    )
+    kept = curve[curve["nodes"] > 0].groupby(["circuit", "nodes"], sort=False)["left"]
+    curves = kept.agg(left="mean", left_low="min", left_high="max").reset_index()
+    curves = curves.rename(columns={"circuit": "order", "nodes": "k"})
+    share = "its value at the end of the prompt" if circuit.prompt else "its variance"
+    return page(
+        f"What {circuit.output.removesuffix(' - mean')} reads",
+        lead=f"{circuit.title}. A node writes along what the nodes above it read; shares are of "
+        f"{share}.",
+        sections=[
+            Section(
+                "Circuit",
+                "Point at a node for what it reads, click it for the paths through it. Blue raises "
+                "the output, red lowers it.",
+                graphs.circuit(circuit.nodes, circuit.edges),
+            ),
+            Section(
+                "Predicted and measured",
+                "For each node the predicted share of the output, and what the running model loses "
+                f"without it{'' if circuit.prompt else f', on {source}'}; beside it, random nodes.",
+                measures.trade_off(points, x="score", y="measured"),
+            ),
+            Section(
+                "Faithfulness",
+                "How much of the output is left where nothing but the first nodes of the circuit "
+                f"writes it, and the rest stands at its mean over {source}: beside it, circuits of "
+                "random nodes, with their range.",
+                measures.truncation(curves, y="left").update_xaxes(title="nodes"),
+            ),
         ],
     )
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bilinear_lens.cli import bilinearize, data, lens, sweeps, train
+from bilinear_lens.cli import bilinearize, circuits, data, lens, sweeps, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ for command in (
     lens.demo,
     lens.info,
     lens.explain,
+    circuits.trace,
     sweeps.sweep,
     sweeps.search,
     lens.convert,

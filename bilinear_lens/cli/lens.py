@@ -173,7 +173,7 @@ def explain_image(
     Example: bilinear-lens explain-image my-digits 7 --out seven.html
     """
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     classifier = bl.HookedBilinearClassifier.from_pretrained(model)
     if out is not None and classifier.cfg.n_layers > 1:
         raise ValueError(
@@ -214,7 +214,7 @@ def _explain(
     text: Path | None,
 ) -> None:
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     elif text is not None:
         raise ValueError("--text is for the page: give --out, too.")
     table = bl.interactions(model, token, layer=layer, k=k, contrast=contrast)
@@ -285,7 +285,7 @@ def _print_layers(layers: pd.DataFrame, outputs: str) -> None:
     console.print(table)
 
 
-def _check_writable(file: Path) -> None:
+def check_writable(file: Path) -> None:
     """Before the work, not after it."""
     if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise ValueError(
