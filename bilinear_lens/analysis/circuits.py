@@ -1,9 +1,7 @@
 """Circuits: what an output reads, through eigenvectors and heads down to tokens."""
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from html import escape
 from itertools import compress
 from pathlib import Path
@@ -37,22 +35,14 @@ class Circuit:
     found: list[Node]
     """The output first, then always the node that carries most of those below the ones before."""
     links: list[Edge]
+    names: list[str]
+    """Of each node: `L0H3`, `MLP 1 e4`, on a prompt with its position, `L0H3@5`; numbered where
+    there are several."""
     tokens: list[tuple[list[str], list[str]]]
     """For each node, the tokens that project most on what it reads, and those that do least."""
     node_effects: list[float] | None = None
     """As measured; see `measure_effects`."""
     edge_effects: list[float] | None = None
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """A name for each node: `L0H3`, `MLP 1 e4`, on a prompt with its position, `L0H3@5`."""
-        names = [self.output.removesuffix(" - mean"), *(node.name for node in self.found[1:])]
-        seen: Counter[str] = Counter()
-        for i, name in enumerate(names):
-            seen[name] += 1
-            if names.count(name) > 1:
-                names[i] = f"{name} #{seen[name]}"
-        return names
 
     @property
     def nodes(self) -> pd.DataFrame:
@@ -80,7 +70,7 @@ class Circuit:
                 "reads_most": most,
                 "reads_least": least,
             }
-            for name, node, (most, least) in zip(self.ids, self.found, self.tokens, strict=True)
+            for name, node, (most, least) in zip(self.names, self.found, self.tokens, strict=True)
         ]
         return _measured(pd.DataFrame(rows), self.node_effects)
 
@@ -96,7 +86,7 @@ class Circuit:
         that of an eigenvector it is the eigenvalue; `share` of what the upper node reads; `score`:
         the share of the output that comes along the edge; `measured`, if it was.
         """
-        at = dict(zip(self.found, self.ids, strict=True))
+        at = dict(zip(self.found, self.names, strict=True))
         rows = [
             {
                 "lower": at[edge.lower],
@@ -125,6 +115,7 @@ class Circuit:
             self,
             found=self.found[: n + 1],
             links=list(compress(self.links, within)),
+            names=self.names[: n + 1],
             tokens=self.tokens[: n + 1],
             node_effects=self.node_effects and self.node_effects[: n + 1],
             edge_effects=effects and list(compress(effects, within)),
@@ -144,8 +135,8 @@ class Circuit:
             KeyError: if there is no such node.
             ValueError: if `lower` is not below `upper`.
         """
-        at = dict(zip(self.ids, self.found, strict=True))
-        upper = upper or self.ids[0]
+        at = dict(zip(self.names, self.found, strict=True))
+        upper = upper or self.names[0]
         for name in (lower, upper):
             if name not in at:
                 raise KeyError(f"No node {name!r} in this circuit; there are {', '.join(at)}.")

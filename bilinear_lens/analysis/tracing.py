@@ -2,10 +2,13 @@
 
 import heapq
 import random as shuffling
+from collections import Counter
 from itertools import count
 from typing import Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.circuits import Circuit
@@ -28,7 +31,7 @@ def trace(
     model: HookedBilinearTransformer,
     output: Output,
     *,
-    prompt: str | None = None,
+    prompt: str | Int[Tensor, " pos"] | None = None,
     layer: int | None = None,
     width: int = 8,
     depth: int = 4,
@@ -38,9 +41,10 @@ def trace(
     """Follow an output down through eigenvectors and heads to tokens, by beam search.
 
     Args:
-        prompt: take the shares on this text, at whose end the output is written, with attention
-            patterns and norm scales held: they are exact, and sum to 1 (`PromptReader`). Without,
-            they are of variances over the vocabulary, from weights alone (`VocabularyReader`).
+        prompt: take the shares on this text, or these token ids, at whose end the output is
+            written, with attention patterns and norm scales held: they are exact, and sum to 1
+            (`PromptReader`). Without, they are of variances over the vocabulary, from weights alone
+            (`VocabularyReader`).
         layer: of the MLP whose eigenvectors are the first step; None takes all that writes to the
             residual stream.
         width: how many nodes are found at each step.
@@ -63,7 +67,10 @@ def trace(
     if layer is not None:
         model.bilinear_tensor(layer)
     direction = model.output_direction(output, contrast)
-    ids = None if prompt is None else model.to_tokens(prompt)[0].tolist()
+    ids = None
+    if prompt is not None:
+        tokens = model.to_tokens(prompt)[0] if isinstance(prompt, str) else prompt
+        ids = tokens.tolist()
     reader: VocabularyReader | PromptReader
     if ids is None:
         _check_no_norms_after(model)
@@ -75,15 +82,17 @@ def trace(
     root.score = 1.0
     found, links = _search(reader, root, layer, width, depth, random)
     basis = model.token_basis()
+    label = output_label(model, output, contrast)
     return Circuit(
         model=model.cfg.model_name,
         fingerprint=model.fingerprint(),
-        output=output_label(model, output, contrast),
+        output=label,
         layer=layer,
         prompt=ids,
         prompt_tokens=None if ids is None else [model.token_labels[each] for each in ids],
         found=found,
         links=links,
+        names=_names(label, found),
         tokens=[_ends(node, basis) for node in found],
     )
 
@@ -146,11 +155,18 @@ def _search(
 
 def _best_first(found: list[Node], links: list[Edge]) -> list[Node]:
     """The output, then again and again the node that carries most of those below what is there."""
-    order = [found[0]]
-    while len(order) < len(found):
-        below = (edge.lower for edge in links if edge.upper in order and edge.lower not in order)
-        order.append(max(below, key=lambda node: abs(node.score)))
-    return order
+    below: dict[Node, list[Node]] = {}
+    for edge in links:
+        below.setdefault(edge.upper, []).append(edge.lower)
+    rank = {node: (-abs(node.score), i) for i, node in enumerate(found)}
+    heap, order = [(rank[found[0]], found[0])], {}
+    while heap:
+        _, node = heapq.heappop(heap)
+        if node not in order:
+            order[node] = None
+            for each in below.get(node, []):
+                heapq.heappush(heap, (rank[each], each))
+    return list(order)
 
 
 def _same(node: Node, other: Node) -> bool:
@@ -163,6 +179,17 @@ def _add_scores(found: list[Node], links: list[Edge]) -> None:
     """Each node's share of the output: the sum over its edges, from above to below."""
     for node in sorted(found[1:], key=lambda node: node.place.height, reverse=True):
         node.score = sum(edge.score for edge in links if edge.lower is node)
+
+
+def _names(output: str, found: list[Node]) -> list[str]:
+    """The output's label, and for each node its place, numbered where there are several."""
+    names = [output.removesuffix(" - mean"), *(node.name for node in found[1:])]
+    often, seen = Counter(names), Counter()
+    for i, name in enumerate(names):
+        if often[name] > 1:
+            seen[name] += 1
+            names[i] = f"{name} #{seen[name]}"
+    return names
 
 
 def _ends(node: Node, basis: Basis) -> tuple[list[str], list[str]]:

@@ -54,5 +54,5 @@ class Eigenbasis(nn.Module):
     ) -> Float[Tensor, "*batch d_out"]:
         """The MLP's output for the input `x`, moved by what the hook changed."""
         acts = self.spectrum.activations(x)
-        edited = self.hook_acts(acts)
+        edited = self.hook_acts(acts.clone())  # which hooks may change in place
         return out + ((edited - acts).sum(-1) @ self.write).to(out)

@@ -1,97 +1,119 @@
 """A circuit, drawn in layers: the output above, tokens below, what carries more drawn thicker."""
 
-from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 import pandas as pd
 
+from bilinear_lens.views.checks import check_columns, check_finite
 from bilinear_lens.views.document import Fragment
-from bilinear_lens.views.style import GREY, NEGATIVE, POSITIVE, rgba, visible
+from bilinear_lens.views.style import GREY
 
 MOST_NODES = 120
 """More cannot be read."""
 
-_ACROSS = 8
-"""Nodes beside each other; more of a layer are broken into rows."""
-_WIDTH, _HEIGHT, _GAP, _BETWEEN = 112, 40, 8, 46
-_LABEL = 84
-"""For the layers' names at the left."""
+_NODE_COLUMNS = (
+    "node",
+    "kind",
+    "layer",
+    "eigenvalue",
+    "position",
+    "token",
+    "score",
+    "reads_most",
+    "reads_least",
+)
+_EDGE_COLUMNS = ("lower", "upper", "score")
 
+# In pixels: text keeps its size, and what is too wide scrolls.
+_ACROSS = 6
+"""Nodes beside each other; more of a layer are broken into rows."""
+_WIDTH, _HEIGHT = 126, 42
+_BESIDE, _BELOW, _BETWEEN = 16, 24, 52
+"""Space between nodes, between rows of a layer, and between layers."""
+_NAMES = 80
+"""For the layers' names at the left."""
+_NOTE = 200
+"""A node with its note is at most about this high."""
+
+# Colours are inherited or half transparent: the page or notebook around decides light or dark.
+# A note lies over the drawing, so that it has its own: those of the figures' hover labels.
 _STYLE = """
-.bl-circuit { font: 13px/1.45 system-ui, sans-serif; color: inherit; overflow-x: auto; }
-.bl-circuit svg { display: block; width: 100%; min-width: 620px; max-width: 1060px; height: auto; }
-.bl-circuit text { fill: currentColor; font-size: 12px; }
-.bl-circuit .quiet { opacity: .72; font-size: 11px; }
-.bl-circuit .node { cursor: pointer; outline: none; }
-.bl-circuit .node rect { stroke: @grey; stroke-width: 1; }
-.bl-circuit .node .back {
-  fill: var(--card, var(--jp-layout-color0, var(--vscode-editor-background, Canvas)));
-}
-.bl-circuit .node:is(:hover, :focus-visible) rect { stroke: currentColor; stroke-width: 2; }
-.bl-circuit .faint { opacity: .1; }
-.bl-circuit .gone { display: none; }
-.bl-circuit label { display: flex; flex-wrap: wrap; gap: .7em; align-items: center; }
+.bl-circuit { font: 13px/1.45 system-ui, sans-serif; color: inherit; }
+.bl-circuit label { display: flex; flex-wrap: wrap; gap: 0 .7em; align-items: center; }
 .bl-circuit input { width: 220px; accent-color: @grey; }
-.bl-circuit .about { min-height: 6.2em; margin: .4em 0 0; overflow-wrap: anywhere; }
-.bl-circuit .about > div { display: none; }
-.bl-circuit .about > .shown { display: block; }
-""".replace("@grey", GREY)
+.bl-circuit .view { overflow-x: auto; margin-top: .5em; }
+.bl-circuit .canvas { position: relative; }
+.bl-circuit .canvas > * { position: absolute; }
+.bl-circuit svg { inset: 0; width: 100%; height: 100%; }
+.bl-circuit .layer { left: 0; font-size: 12px; opacity: .8; }
+.bl-circuit .node {
+  box-sizing: border-box; width: @widthpx; height: @heightpx; margin: 0; padding: 0 6px;
+  border: 1.5px solid; border-radius: 7px; font: inherit; font-size: 12px; color: inherit;
+  cursor: pointer;
+}
+.bl-circuit .node > span {
+  display: block; overflow: hidden; white-space: nowrap; text-overflow: ellipsis;
+}
+.bl-circuit .node:is(:hover, :focus-visible) { outline: 2px solid; outline-offset: 1px; z-index: 1; }
+.bl-circuit .node[aria-pressed=true] { outline: 3px solid; outline-offset: 1px; }
+.bl-circuit .node > .note {
+  display: none; position: absolute; top: calc(100% + 6px); width: max-content; max-width: 300px;
+  padding: 6px 10px; border-radius: 7px; background: #2b2f36; color: white; text-align: left;
+  white-space: normal; overflow-wrap: anywhere; pointer-events: none;
+}
+.bl-circuit .node > .note.over { top: auto; bottom: calc(100% + 6px); }
+.bl-circuit .node:is(:hover, :focus-visible) > .note { display: block; }
+.bl-circuit .faint:not(:hover, :focus-visible) { opacity: .12; }
+.bl-circuit .gone { display: none; }
+""".replace("@grey", GREY).replace("@width", str(_WIDTH)).replace("@height", str(_HEIGHT))
 
 _SCRIPT = """
 for (const root of document.querySelectorAll('.bl-circuit:not([data-ready])')) {
   root.dataset.ready = '';
-  const nodes = [...root.querySelectorAll('.node')], edges = [...root.querySelectorAll('.edge')];
-  const about = [...root.querySelectorAll('.about > div')], slider = root.querySelector('input');
+  const nodes = [...root.querySelectorAll('.node')], edges = [...root.querySelectorAll('path')];
+  const view = root.querySelector('.view'), slider = root.querySelector('input');
   let least = 0, chosen = null;
+  const carries = edge => Math.abs(edge.dataset.score) >= least;
   const follow = (start, from, to) => {
-    const seen = new Set([start]), left = [start];
-    while (left.length) {
-      const at = left.pop();
+    const seen = new Set([start]);
+    for (const at of seen)
       for (const edge of edges)
-        if (edge.dataset[from] === at && +edge.dataset.score >= least) {
-          const next = edge.dataset[to];
-          if (!seen.has(next)) { seen.add(next); left.push(next); }
-        }
-    }
+        if (edge.dataset[from] === at && carries(edge)) seen.add(edge.dataset[to]);
     return seen;
   };
   const draw = () => {
     const reached = follow('0', 'upper', 'lower');
-    if (chosen !== null && !reached.has(chosen)) chosen = null;
-    const up = chosen && follow(chosen, 'lower', 'upper');
-    const down = chosen && follow(chosen, 'upper', 'lower');
+    if (!reached.has(chosen)) chosen = null;
+    const ways = chosen && [follow(chosen, 'lower', 'upper'), follow(chosen, 'upper', 'lower')];
+    const off = (...ends) => !!ways && !ways.some(way => ends.every(end => way.has(end)));
     for (const node of nodes) {
       const id = node.dataset.node;
       node.classList.toggle('gone', !reached.has(id));
-      node.classList.toggle('faint', !!chosen && !up.has(id) && !down.has(id));
+      node.classList.toggle('faint', off(id));
       node.setAttribute('aria-pressed', id === chosen);
     }
     for (const edge of edges) {
-      const {lower, upper, score} = edge.dataset;
-      edge.classList.toggle('gone', +score < least || !reached.has(upper));
-      const on = !chosen || [up, down].some(way => way.has(lower) && way.has(upper));
-      edge.classList.toggle('faint', !on);
+      const {lower, upper} = edge.dataset;
+      edge.classList.toggle('gone', !carries(edge) || !reached.has(upper));
+      edge.classList.toggle('faint', off(lower, upper));
     }
-    root.querySelector('output').textContent = (100 * least).toPrecision(2) + ' %';
+    root.querySelector('output').textContent = +(100 * least).toPrecision(2) + ' %';
   };
-  const show = id => {
-    for (const each of about) each.classList.toggle('shown', each.dataset.node === id);
+  const choose = id => { chosen = id === chosen ? null : id; draw(); };
+  const keepInView = ({target}) => {
+    const node = target.closest('.node'), note = node?.lastElementChild;
+    if (!note) return;
+    const most = view.scrollLeft + view.clientWidth - note.offsetWidth;
+    const left = Math.max(view.scrollLeft, Math.min(node.offsetLeft, most));
+    note.style.left = left - node.offsetLeft + 'px';
   };
-  for (const node of nodes) {
-    const id = node.dataset.node;
-    const choose = () => { chosen = chosen === id ? null : id; show(id); draw(); };
-    node.addEventListener('mouseenter', () => show(id));
-    node.addEventListener('focus', () => show(id));
-    node.addEventListener('click', event => { event.stopPropagation(); choose(); });
-    node.addEventListener('keydown', event => {
-      if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); choose(); }
-    });
-  }
-  root.querySelector('svg').addEventListener('click', () => { chosen = null; draw(); });
+  view.addEventListener('mouseover', keepInView);
+  view.addEventListener('focusin', keepInView);
+  view.addEventListener('click', ({target}) => choose(target.closest('.node')?.dataset.node ?? null));
+  root.addEventListener('keydown', ({key}) => { if (key === 'Escape') choose(null); });
   slider.addEventListener('input', () => {
-    const most = +slider.dataset.most;
-    least = +slider.value ? most * 10 ** (3 * (slider.value / 100 - 1)) : 0;
+    least = +slider.value ? slider.dataset.most * 10 ** (3 * (slider.value / 100 - 1)) : 0;
     draw();
   });
   draw();
@@ -102,149 +124,195 @@ for (const root of document.querySelectorAll('.bl-circuit:not([data-ready])')) {
 def circuit(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str = "") -> Fragment:
     """An interactive drawing, inline in a notebook or as a view in a report; needs no network.
 
-    Point at a node for what it reads; click it for the paths through it, and beside it for all;
-    the slider hides what carries less.
+    Point at a node for what it reads; click it for the paths through it, and beside it (or press
+    Escape) for all; the slider hides what carries less.
 
     Args:
         nodes, edges: of a `Circuit`, the output first.
 
     Raises:
-        ValueError: if there are more nodes than can be read.
+        ValueError: if a column is missing, a table has no rows, a score is not finite, an edge
+            names no node, or there are more nodes than can be read.
     """
+    check_columns(nodes, _NODE_COLUMNS, "nodes")
+    check_columns(edges, _EDGE_COLUMNS, "edges")
+    check_finite(nodes["score"], "The nodes' score")
+    check_finite(edges["score"], "The edges' score")
     if len(nodes) > MOST_NODES:
         raise ValueError(
             f"A drawing of {len(nodes)} nodes cannot be read; {MOST_NODES} can. Draw "
             f"circuit.top({MOST_NODES // 2}), or trace with a smaller width or depth."
         )
-    rows: list[dict[str, Any]] = nodes.to_dict("records")
-    places = _places(rows, edges)
-    number = {row["node"]: i for i, row in enumerate(rows)}
-    width = _LABEL + _ACROSS * (_WIDTH + _GAP)
-    height = max(y for _, y in places) + _HEIGHT + 10
-    most = max([*edges["score"].abs(), 1e-12])
-    lines = "".join(
-        _line(places, number[edge["lower"]], number[edge["upper"]], edge["score"], most)
-        for edge in sorted(edges.to_dict("records"), key=lambda edge: abs(edge["score"]))
+    if nodes["kind"].iloc[0] != "output":
+        raise ValueError("The first of nodes must be the output, as in circuit.nodes.")
+    if unknown := sorted({*edges["lower"], *edges["upper"]} - {*nodes["node"]}):
+        raise ValueError(f"edges join {unknown}, not in nodes; circuit.top(n) cuts both.")
+    boxes: list[dict[str, Any]] = nodes.to_dict("records")
+    lines: list[dict[str, Any]] = edges.to_dict("records")
+    rows = _rows(boxes, lines)
+    places = {name: (x, y) for y, row in rows for name, x in row.items()}
+    width = max(x for x, _ in places.values()) + _WIDTH + _BESIDE
+    height = max(max(y for _, y in places.values()) + _HEIGHT + 8, 1.5 * _NOTE)
+    most = max(map(abs, edges["score"])) or 1.0
+    number = {box["node"]: i for i, box in enumerate(boxes)}
+    drawn = "".join(
+        f'<path data-lower="{number[line["lower"]]}" data-upper="{number[line["upper"]]}" '
+        f'd="{_way(places[line["lower"]], places[line["upper"]], rows)}" '
+        f"{_stroke(line['score'], most)}><title>{escape(_said(line))}</title></path>"
+        for line in sorted(lines, key=lambda line: abs(line["score"]))
     )
-    boxes = "".join(_box(i, row, *places[i]) for i, row in enumerate(rows))
     names = "".join(
-        f'<text class="quiet" x="0" y="{y + _HEIGHT / 2 + 4:.0f}">{escape(name)}</text>'
-        for name, y in _layers(rows, places).items()
+        f'<span class="layer" style="top:{y + _HEIGHT / 2 - 9:.0f}px">{escape(name)}</span>'
+        for name, y in _layers(boxes, places).items()
     )
-    about = "".join(
-        f'<div data-node="{i}"{" class=shown" if i == 0 else ""}>{_about(row)}</div>'
-        for i, row in enumerate(rows)
+    buttons = "".join(
+        _button(number[box["node"]], box, *places[box["node"]], height) for box in boxes
     )
     caption = f"<p><strong>{escape(title)}</strong></p>" if title else ""
+    # The attribute leaves keys that are pressed in the drawing to it, not to JupyterLab.
     return Fragment(
-        f'<div class="bl-circuit"><style>{_STYLE}</style>{caption}'
-        '<label>Hide what carries less than <input type="range" min="0" max="100" value="0" '
-        f'data-most="{most:.6g}"> <output>0 %</output> of the output</label>'
-        f'<svg viewBox="0 0 {width} {height:.0f}" role="group" aria-label="{escape(title)}">'
-        f'{names}<g fill="none">{lines}</g>{boxes}</svg>'
-        f'<div class="about" aria-live="polite">{about}</div><script>{_SCRIPT}</script></div>'
+        f'<div class="bl-circuit" data-lm-suppress-shortcuts="true"><style>{_STYLE}</style>'
+        f"{caption}<label>Hide what carries less than "
+        f'<input type="range" min="0" max="100" value="0" data-most="{most:.6g}"> '
+        '<span><output>0 %</output> of the output</span></label><div class="view">'
+        f'<div class="canvas" style="width:{width:.0f}px;height:{height:.0f}px">{names}'
+        f'<svg fill="none">{drawn}</svg>{buttons}</div></div><script>{_SCRIPT}</script></div>'
     )
 
 
-def _places(rows: list[dict[str, Any]], edges: pd.DataFrame) -> list[tuple[float, float]]:
-    """The upper left corner of each node: layers from above to below, in each of them by position,
-    or near the nodes above."""
+_Row = tuple[float, dict[str, float]]
+"""Its upper edge, and the left edge of each of its nodes, from left to right."""
+
+
+def _rows(boxes: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[_Row]:
+    """Layers from above to below, in each of them by position, then by what the nodes write to."""
     above: dict[str, list[str]] = {}
-    for edge in edges.to_dict("records"):
-        above.setdefault(edge["lower"], []).append(edge["upper"])
+    for line in lines:
+        above.setdefault(line["lower"], []).append(line["upper"])
+    layers: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+    for box in boxes:
+        layers.setdefault((box["layer"], box["kind"] == "eigenvector"), []).append(box)
+    across = min(_ACROSS, max(map(len, layers.values())))
     x: dict[str, float] = {}
-    found: dict[str, tuple[float, float]] = {}
+    rows: list[_Row] = []
     y = 6.0
-    for level in sorted({_level(row) for row in rows}, reverse=True):
-        layer = [row for row in rows if _level(row) == level]
 
-        def order(row: Mapping[str, Any]) -> tuple[float, float]:
-            uppers = [x[name] for name in above.get(row["node"], []) if name in x]
-            position = -1 if pd.isna(row["position"]) else row["position"]
-            return position, sum(uppers) / len(uppers) if uppers else 0.0
+    def order(box: Mapping[str, Any]) -> tuple[float, float]:
+        uppers = [x[name] for name in above.get(box["node"], []) if name in x]
+        position = -1 if pd.isna(box["position"]) else box["position"]
+        return position, sum(uppers) / len(uppers) if uppers else 0.0
 
+    for _, layer in sorted(layers.items(), reverse=True):
         layer.sort(key=order)
-        n_rows = -(-len(layer) // _ACROSS)
+        n_rows = -(-len(layer) // across)
         for i in range(n_rows):
             part = layer[i::n_rows]  # neighbours stand above each other
-            left = _LABEL + (_ACROSS - len(part)) * (_WIDTH + _GAP) / 2
-            for j, row in enumerate(part):
-                x[row["node"]] = left + j * (_WIDTH + _GAP)
-                found[row["node"]] = x[row["node"]], y
-            y += _HEIGHT + _GAP
-        y += _BETWEEN
-    return [found[row["node"]] for row in rows]
+            half = i % 2 / 2  # each row of a layer has its nodes below the gaps of the one above
+            first = round((across + 0.5 - len(part)) / 2 - half) + half
+            lefts = [_NAMES + _BESIDE + (first + j) * (_WIDTH + _BESIDE) for j in range(len(part))]
+            rows.append((y, {box["node"]: left for box, left in zip(part, lefts, strict=True)}))
+            x |= rows[-1][1]
+            y += _HEIGHT + _BELOW
+        y += _BETWEEN - _BELOW
+    return rows
 
 
-def _level(row: Mapping[str, Any]) -> tuple[int, bool]:
-    return row["layer"], row["kind"] == "eigenvector"
-
-
-def _layers(rows: list[dict[str, Any]], places: list[tuple[float, float]]) -> dict[str, float]:
+def _layers(
+    boxes: list[dict[str, Any]], places: dict[str, tuple[float, float]]
+) -> dict[str, float]:
     """The name of each layer, and where it begins."""
     named: dict[str, float] = {}
-    for row, (_, y) in zip(rows, places, strict=True):
-        kind, layer = row["kind"], row["layer"]
+    for box in boxes:
         name = {
             "output": "output",
             "embedding": "tokens",
-            "eigenvector": f"MLP {layer}",
-            "head": f"attention {layer}",
-        }[kind]
+            "eigenvector": f"MLP {box['layer']}",
+            "head": f"attention {box['layer']}",
+        }[box["kind"]]
+        y = places[box["node"]][1]
         named[name] = min(y, named.get(name, y))
     return named
 
 
-def _line(
-    places: list[tuple[float, float]], lower: int, upper: int, score: float, most: float
-) -> str:
-    (x0, y0), (x1, y1) = places[lower], places[upper]
-    x0, x1, y1 = x0 + _WIDTH / 2, x1 + _WIDTH / 2, y1 + _HEIGHT
-    middle = (y0 + y1) / 2
-    colour = rgba(POSITIVE if score >= 0 else NEGATIVE, 0.35 + 0.5 * abs(score) / most)
+def _way(lower: tuple[float, float], upper: tuple[float, float], rows: list[_Row]) -> str:
+    """From below the upper node to above the lower one, through the gaps of the rows between."""
+    x, y, end = upper[0] + _WIDTH / 2, upper[1] + _HEIGHT, lower[0] + _WIDTH / 2
+    way = f"M{x:.0f} {y:.0f}"
+    for top, row in rows:
+        if y < top <= lower[1]:
+            straight = x + (end - x) * (top - y) / (lower[1] - y)
+            to = end if top == lower[1] else _beside(straight, row.values())
+            middle = (y + top) / 2
+            way += f"C{x:.0f} {middle:.0f} {to:.0f} {middle:.0f} {to:.0f} {top:.0f}"
+            if top < lower[1]:
+                way += f"v{_HEIGHT}"
+            x, y = to, top + _HEIGHT
+    return way
+
+
+def _beside(x: float, lefts: Iterable[float]) -> float:
+    """The nearest place where an edge does not run behind a node."""
+    lefts, margin = list(lefts), _BESIDE / 2 - 3
+    starts = [float(_NAMES), *(left + _WIDTH + margin for left in lefts)]
+    ends = [*(left - margin for left in lefts), math.inf]
+    gaps = zip(starts, ends, strict=True)
+    return min((min(max(x, start), end) for start, end in gaps), key=lambda at: abs(at - x))
+
+
+def _stroke(score: float, most: float) -> str:
+    size = abs(score) / most
     return (
-        f'<path class="edge" data-lower="{lower}" data-upper="{upper}" '
-        f'data-score="{abs(score):.6g}" stroke="{colour}" '
-        f'stroke-width="{0.7 + 7 * abs(score) / most:.2f}" '
-        f'd="M{x0:.0f} {y0:.0f}C{x0:.0f} {middle:.0f} {x1:.0f} {middle:.0f} {x1:.0f} {y1:.0f}"/>'
+        f'data-score="{score:.6g}" stroke-width="{1 + 6 * size:.2f}" '
+        f'stroke="{rgba(_colour(score), 0.5 + 0.4 * size)}"'
     )
 
 
-def _box(number: int, row: Mapping[str, Any], x: float, y: float) -> str:
-    share = min(abs(row["score"]), 1.0)
-    fill = rgba(POSITIVE if row["score"] >= 0 else NEGATIVE, 0.06 + 0.5 * share)
-    first, second = row["node"], _tokens(row)
+def _button(number: int, box: Mapping[str, Any], x: float, y: float, height: float) -> str:
+    colour, share = _colour(box["score"]), min(abs(box["score"]), 1.0)
+    reads = [box["token"]] if _known(box["token"]) else box["reads_most"]
+    over = "" if y + _NOTE <= height else " over"
     return (
-        f'<g class="node" data-node="{number}" tabindex="0" role="button" '
-        f'aria-label="{escape(first)} {escape(second)}" transform="translate({x:.1f} {y:.1f})">'
-        f'<rect class="back" width="{_WIDTH}" height="{_HEIGHT}" rx="7"/>'
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="7" fill="{fill}"/>'
-        f'<text x="{_WIDTH / 2}" y="16" text-anchor="middle">{escape(_cut(first, 17))}</text>'
-        f'<text class="quiet" x="{_WIDTH / 2}" y="31" text-anchor="middle">'
-        f"{escape(_cut(second, 18))}</text></g>"
+        f'<button type="button" class="node" data-node="{number}" data-score="{box["score"]:.6g}" '
+        f'style="left:{x:.0f}px;top:{y:.0f}px;background:{rgba(colour, 0.06 + 0.5 * share)};'
+        f'border-color:{rgba(colour, 0.8)}"><span>{escape(box["node"])}</span>'
+        f'<span>{_tokens(reads)}</span><span class="note{over}">{_note(box)}</span></button>'
     )
 
 
-def _tokens(row: Mapping[str, Any]) -> str:
-    """In a node: its token on a prompt, or what it reads."""
-    if row["token"] is not None:
-        return visible(row["token"])
-    return " ".join(map(visible, row["reads_most"]))
+def _note(box: Mapping[str, Any]) -> str:
+    where = f" at {_tokens([box['token']])}" if _known(box["token"]) else ""
+    lines = [f"<b>{escape(box['node'])}</b>{where}", _share(box)]
+    if _known(box["eigenvalue"]):
+        lines.append(_minus(f"eigenvalue {box['eigenvalue']:+.3g}"))
+    if box["reads_most"]:
+        lines.append(f"reads most: {_tokens(box['reads_most'])}")
+        lines.append(f"least: {_tokens(box['reads_least'])}")
+    return "<br>".join(lines)
 
 
-def _about(row: Mapping[str, Any]) -> str:
-    measured = f", measured {row['measured']:.3g}" if "measured" in row else ""
-    where = "" if row["token"] is None else f" at {visible(row['token'])}"
-    weight = "" if pd.isna(row["eigenvalue"]) else f"; eigenvalue {row['eigenvalue']:+.3g}"
-    reads = ""
-    if row["reads_most"]:
-        most, least = (" ".join(map(visible, row[end])) for end in ("reads_most", "reads_least"))
-        reads = f"<br>reads most: {escape(most)}<br>least: {escape(least)}"
-    return (
-        f"<strong>{escape(row['node'])}</strong>{escape(where)}: share of the output "
-        f"{row['score']:.3g}{measured}{weight}{reads}"
-    )
+def _said(line: Mapping[str, Any]) -> str:
+    return f"{line['lower']} to {line['upper']}: {_share(line)}"
 
 
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def _share(row: Mapping[str, Any]) -> str:
+    said = f"{100 * row['score']:.3g} % of the output"
+    if _known(row.get("measured")):
+        said += f", measured {100 * row['measured']:.3g} %"
+    return _minus(said)
+
+
+def _tokens(tokens: Iterable[str]) -> str:
+    return " ".join(f"<bdi>{escape(visible(token))}</bdi>" for token in tokens)
+
+
+def _minus(number: str) -> str:
+    """A hyphen is too short beside a plus."""
+    return number.replace("-", "\u2212")
+
+
+def _known(value: Any) -> bool:
+    return not pd.isna(value)
+
+
+def _colour(score: float) -> tuple[int, int, int]:
+    return POSITIVE if score >= 0 else NEGATIVE
