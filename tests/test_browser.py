@@ -8,15 +8,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from test_graphs import EVIL as EVIL_TOKEN
+from test_graphs import small
 
 from bilinear_lens.spectrum import Spectrum
-from bilinear_lens.views import images, plots, report, tables, tokens
+from bilinear_lens.views import graphs, images, plots, report, tables, tokens
 from bilinear_lens.views.report import Fragment, Section
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -50,7 +54,8 @@ return [...document.querySelectorAll(arguments[0])].map((element) => {
 """
 READ = (
     "h1, h2, nav a, .lead, section > p, .lens th, .lens td, .chip, "
-    ".xtick text, .ytick text, .legendtext, .xtitle, .ytitle, .y2tick text, .annotation-text"
+    ".xtick text, .ytick text, .legendtext, .xtitle, .ytitle, .y2tick text, .annotation-text, "
+    ".bl-circuit :is(strong, label, .layer, .node span, .node bdi)"
 )
 
 
@@ -94,6 +99,7 @@ def page(tmp_path_factory) -> Path:
                     labels=["first", EVIL],
                 ),
             ),
+            Section("Circuit", "", graphs.circuit(*small(), title=EVIL)),
         ],
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
@@ -274,3 +280,159 @@ def test_a_saved_view_stands_alone(browser, tmp_path):
     coloured(browser)
     assert faults(browser) == []
     assert requests(browser) == []
+
+
+SEEN = """
+const state = (element) => {
+  const style = getComputedStyle(element);
+  return style.display === 'none' ? 'gone' : style.opacity < 0.5 ? 'faint' : 'shown';
+};
+const root = document.querySelectorAll('.bl-circuit')[arguments[0]], found = {};
+for (const node of root.querySelectorAll('.node'))
+  found[node.firstElementChild.textContent] = state(node);
+for (const edge of root.querySelectorAll('path'))
+  found[edge.textContent.split(':')[0]] = state(edge);
+return found;
+"""
+OUTSIDE = """
+const inside = (inner, outer) => {
+  const [a, b] = [inner, outer].map((element) => element.getBoundingClientRect());
+  return a.width > 0 && a.left >= b.left - 1 && a.right <= b.right + 1 &&
+    a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
+};
+const [node] = arguments, [name, , note] = node.children;
+return [[name, node], [note, node.closest('.view')]]
+  .filter(([inner, outer]) => !inside(inner, outer) || inner.scrollWidth > inner.clientWidth)
+  .map(([inner]) => inner.textContent);
+"""
+
+
+@pytest.fixture
+def drawings(tmp_path) -> Path:
+    """Two, as a notebook would show them, without any style of ours."""
+    path = tmp_path / "drawings.html"
+    body = graphs.circuit(*small(), title=EVIL) + graphs.circuit(*small())
+    path.write_text(f"<!DOCTYPE html><meta charset=utf-8>{body}", encoding="utf-8")
+    return path
+
+
+def seen(browser: webdriver.Chrome, state: str = "shown", *, drawing: int = 0) -> set[str]:
+    """The names of nodes, and of edges as in `lower to upper`."""
+    found = browser.execute_script(SEEN, drawing)
+    assert len(found) == sum(map(len, small()))
+    return {name for name, its in found.items() if its == state}
+
+
+def node(browser: webdriver.Chrome, name: str, *, drawing: int = 0) -> WebElement:
+    root = browser.find_elements(By.CSS_SELECTOR, ".bl-circuit")[drawing]
+    return root.find_element(By.XPATH, f'.//button[span[1][text()="{name}"]]')
+
+
+def note(browser: webdriver.Chrome) -> str:
+    """Of all nodes, what can be read."""
+    notes = browser.find_elements(By.CSS_SELECTOR, ".bl-circuit .note")
+    return "".join(each.text for each in notes if each.is_displayed())
+
+
+EVERYTHING = {*small()[0]["node"]} | {f"{a} to {b}" for a, b, _ in small()[1].to_numpy()}
+THROUGH_HEAD = {
+    "' named'",
+    "L1H3@5",
+    "embedding@5",
+    "L1H3@5 to ' named'",
+    "embedding@5 to L1H3@5",
+}
+
+
+def test_pointing_at_a_node_shows_what_it_reads(browser, drawings):
+    show(browser, drawings)
+    assert note(browser) == ""
+    ActionChains(browser).move_to_element(node(browser, "MLP 0 e2@7")).perform()
+    assert note(browser).splitlines()[:3] == [
+        "MLP 0 e2@7 at ␣girl",
+        "\u22125 % of the output",
+        "eigenvalue \u22121.5",
+    ]
+    assert f"␣most␣of␣MLP␣0␣e2@7 {EVIL_TOKEN}" in note(browser)
+    ActionChains(browser).move_to_element(node(browser, "embedding@5", drawing=1)).perform()
+    assert note(browser).startswith(f"embedding@5 at {EVIL_TOKEN}")
+    assert not browser.execute_script("return window.hacked")
+    assert faults(browser) == []
+    assert requests(browser) == []
+
+
+def test_clicking_a_node_leaves_the_paths_through_it(browser, drawings):
+    show(browser, drawings)
+    assert seen(browser) == EVERYTHING
+    ActionChains(browser).click(node(browser, "L1H3@5")).perform()
+    assert seen(browser) == THROUGH_HEAD
+    assert seen(browser, "faint") == EVERYTHING - THROUGH_HEAD
+    assert seen(browser, drawing=1) == EVERYTHING
+    ActionChains(browser).click(node(browser, "MLP 1 e0@7")).perform()
+    assert seen(browser, "faint") == THROUGH_HEAD - {"' named'", "embedding@5"}
+    beside = ActionChains(browser).move_to_element(node(browser, "' named'")).move_by_offset(120, 0)
+    beside.click().perform()
+    assert seen(browser) == EVERYTHING
+    for expected in (THROUGH_HEAD, EVERYTHING):  # a second click takes the first back
+        ActionChains(browser).click(node(browser, "L1H3@5")).perform()
+        assert seen(browser) == expected
+
+
+def test_a_drawing_can_be_used_with_the_keyboard(browser, drawings):
+    show(browser, drawings)
+
+    def press(key: str) -> WebElement:
+        ActionChains(browser).send_keys(key).perform()
+        return browser.switch_to.active_element
+
+    assert press(Keys.TAB).tag_name == "input"
+    order = [press(Keys.TAB) for _ in range(3)]
+    assert order == [node(browser, name) for name in ("' named'", "MLP 1 e0@7", "L1H3@5")]
+    assert note(browser).startswith("L1H3@5 at")
+    press(Keys.ENTER)
+    assert seen(browser) == THROUGH_HEAD
+    assert order[-1].get_attribute("aria-pressed") == "true"
+    press(Keys.ESCAPE)
+    assert seen(browser) == EVERYTHING
+    assert order[-1].get_attribute("aria-pressed") == "false"
+    press(Keys.SPACE)
+    assert seen(browser) == THROUGH_HEAD
+
+
+def test_the_slider_hides_what_carries_less(browser, drawings):
+    show(browser, drawings)
+    slider, shown = (browser.find_element(By.CSS_SELECTOR, tag) for tag in ("input", "output"))
+    strongest = {"' named'", "MLP 1 e0@7", "MLP 1 e0@7 to ' named'"}
+    ActionChains(browser).click(node(browser, "L1H3@5")).perform()
+    slider.send_keys(Keys.END)
+    assert shown.text == "50 %"
+    assert seen(browser) == strongest  # and what was chosen is gone, so that nothing is faint
+    assert seen(browser, "gone") == EVERYTHING - strongest
+    assert seen(browser, drawing=1) == EVERYTHING
+    slider.send_keys(Keys.ARROW_LEFT * 10)
+    assert shown.text == "25 %"
+    assert seen(browser) == strongest  # 30 % reach a node that carries less to the output
+    slider.send_keys(Keys.ARROW_LEFT * 13)
+    assert shown.text == "10 %"
+    below = {"embedding@7", "embedding@7 to MLP 1 e0@7"}
+    assert seen(browser) == strongest | THROUGH_HEAD | below
+    slider.send_keys(Keys.HOME)
+    assert shown.text == "0 %"
+    assert seen(browser) == EVERYTHING
+
+
+@pytest.mark.parametrize(("ink", "paper"), [("#000", "#fff"), ("#ddd", "#111")])
+def test_a_drawing_is_readable_wherever_it_stands(browser, drawings, ink, paper):
+    style = f"<style>body {{ color: {ink}; background: {paper}; }}</style>"
+    drawings.write_text(drawings.read_text(encoding="utf-8") + style, encoding="utf-8")
+    size = {"width": 350, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    show(browser, drawings)
+    ratios = browser.execute_script(CONTRAST, ".bl-circuit :is(strong, label, .layer, bdi, span)")
+    assert len(ratios) > 50
+    assert min(ratios) > 4.5
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 350
+    for each in browser.find_elements(By.CSS_SELECTOR, ".bl-circuit .node"):
+        browser.execute_script("arguments[0].scrollIntoView({inline: 'center'})", each)
+        ActionChains(browser).move_to_element(each).perform()
+        assert browser.execute_script(OUTSIDE, each) == []

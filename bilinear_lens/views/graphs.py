@@ -1,5 +1,6 @@
 """A circuit, drawn in layers: the output above, tokens below, what carries more drawn thicker."""
 
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -7,7 +8,7 @@ import pandas as pd
 
 from bilinear_lens.views.checks import check_columns, check_finite
 from bilinear_lens.views.document import Fragment
-from bilinear_lens.views.style import GREY
+from bilinear_lens.views.style import GREY, NEGATIVE, POSITIVE, rgba, visible
 
 MOST_NODES = 120
 """More cannot be read."""
@@ -29,12 +30,12 @@ _EDGE_COLUMNS = ("lower", "upper", "score")
 _ACROSS = 6
 """Nodes beside each other; more of a layer are broken into rows."""
 _WIDTH, _HEIGHT = 126, 42
-_BESIDE, _BELOW, _BETWEEN = 16, 24, 52
+_BESIDE, _BELOW, _BETWEEN = 20, 28, 52
 """Space between nodes, between rows of a layer, and between layers."""
 _NAMES = 80
 """For the layers' names at the left."""
 _NOTE = 200
-"""A node with its note is at most about this high."""
+"""A node with its note is at most this high."""
 
 # Colours are inherited or half transparent: the page or notebook around decides light or dark.
 # A note lies over the drawing, so that it has its own: those of the figures' hover labels.
@@ -42,31 +43,33 @@ _STYLE = """
 .bl-circuit { font: 13px/1.45 system-ui, sans-serif; color: inherit; }
 .bl-circuit label { display: flex; flex-wrap: wrap; gap: 0 .7em; align-items: center; }
 .bl-circuit input { width: 220px; accent-color: @grey; }
-.bl-circuit .view { overflow-x: auto; margin-top: .5em; }
+.bl-circuit .view { overflow-x: auto; margin: .5em 0; }
 .bl-circuit .canvas { position: relative; }
 .bl-circuit .canvas > * { position: absolute; }
 .bl-circuit svg { inset: 0; width: 100%; height: 100%; }
 .bl-circuit .layer { left: 0; font-size: 12px; opacity: .8; }
 .bl-circuit .node {
-  box-sizing: border-box; width: @widthpx; height: @heightpx; margin: 0; padding: 0 6px;
-  border: 1.5px solid; border-radius: 7px; font: inherit; font-size: 12px; color: inherit;
-  cursor: pointer;
+  box-sizing: border-box; margin: 0; padding: 0 6px; border: 1.5px solid; border-radius: 7px;
+  font: inherit; font-size: 12px; color: inherit; cursor: pointer;
 }
 .bl-circuit .node > span {
   display: block; overflow: hidden; white-space: nowrap; text-overflow: ellipsis;
 }
-.bl-circuit .node:is(:hover, :focus-visible) { outline: 2px solid; outline-offset: 1px; z-index: 1; }
+.bl-circuit .node:is(:hover, :focus-visible) {
+  outline: 2px solid; outline-offset: 1px; z-index: 1;
+}
 .bl-circuit .node[aria-pressed=true] { outline: 3px solid; outline-offset: 1px; }
 .bl-circuit .node > .note {
-  display: none; position: absolute; top: calc(100% + 6px); width: max-content; max-width: 300px;
-  padding: 6px 10px; border-radius: 7px; background: #2b2f36; color: white; text-align: left;
+  display: none; position: absolute; top: calc(100% + 6px); box-sizing: border-box;
+  width: max-content; max-width: 300px; max-height: 150px; padding: 6px 10px;
+  border-radius: 7px; background: #2b2f36; color: white; text-align: left;
   white-space: normal; overflow-wrap: anywhere; pointer-events: none;
 }
 .bl-circuit .node > .note.over { top: auto; bottom: calc(100% + 6px); }
 .bl-circuit .node:is(:hover, :focus-visible) > .note { display: block; }
 .bl-circuit .faint:not(:hover, :focus-visible) { opacity: .12; }
 .bl-circuit .gone { display: none; }
-""".replace("@grey", GREY).replace("@width", str(_WIDTH)).replace("@height", str(_HEIGHT))
+""".replace("@grey", GREY)
 
 _SCRIPT = """
 for (const root of document.querySelectorAll('.bl-circuit:not([data-ready])')) {
@@ -106,17 +109,20 @@ for (const root of document.querySelectorAll('.bl-circuit:not([data-ready])')) {
     if (!note) return;
     const most = view.scrollLeft + view.clientWidth - note.offsetWidth;
     const left = Math.max(view.scrollLeft, Math.min(node.offsetLeft, most));
-    note.style.left = left - node.offsetLeft + 'px';
+    note.style.left = left - node.offsetLeft - node.clientLeft + 'px';
   };
   view.addEventListener('mouseover', keepInView);
   view.addEventListener('focusin', keepInView);
-  view.addEventListener('click', ({target}) => choose(target.closest('.node')?.dataset.node ?? null));
+  view.addEventListener('click', ({target}) => {
+    choose(target.closest('.node')?.dataset.node ?? null);
+  });
   root.addEventListener('keydown', ({key}) => { if (key === 'Escape') choose(null); });
   slider.addEventListener('input', () => {
     least = +slider.value ? slider.dataset.most * 10 ** (3 * (slider.value / 100 - 1)) : 0;
     draw();
   });
   draw();
+  view.scrollLeft = nodes[0].offsetLeft + (nodes[0].offsetWidth - view.clientWidth) / 2;
 }
 """
 
@@ -152,21 +158,22 @@ def circuit(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str = "") -> Fra
     rows = _rows(boxes, lines)
     places = {name: (x, y) for y, row in rows for name, x in row.items()}
     width = max(x for x, _ in places.values()) + _WIDTH + _BESIDE
-    height = max(max(y for _, y in places.values()) + _HEIGHT + 8, 1.5 * _NOTE)
+    height = max(max(y for _, y in places.values()) + _HEIGHT + 8, 3 * _NOTE // 2)
     most = max(map(abs, edges["score"])) or 1.0
     number = {box["node"]: i for i, box in enumerate(boxes)}
     drawn = "".join(
         f'<path data-lower="{number[line["lower"]]}" data-upper="{number[line["upper"]]}" '
         f'd="{_way(places[line["lower"]], places[line["upper"]], rows)}" '
-        f"{_stroke(line['score'], most)}><title>{escape(_said(line))}</title></path>"
+        f"{_stroke(line['score'], most)}><title>{_said(line)}</title></path>"
         for line in sorted(lines, key=lambda line: abs(line["score"]))
     )
     names = "".join(
-        f'<span class="layer" style="top:{y + _HEIGHT / 2 - 9:.0f}px">{escape(name)}</span>'
+        f'<span class="layer" style="top:{y + _HEIGHT // 2 - 9}px">{escape(name)}</span>'
         for name, y in _layers(boxes, places).items()
     )
     buttons = "".join(
-        _button(number[box["node"]], box, *places[box["node"]], height) for box in boxes
+        _button(number[box["node"]], box, *places[box["node"]], height)
+        for box in sorted(boxes, key=lambda box: places[box["node"]][::-1])  # as Tab goes on
     )
     caption = f"<p><strong>{escape(title)}</strong></p>" if title else ""
     # The attribute leaves keys that are pressed in the drawing to it, not to JupyterLab.
@@ -175,12 +182,12 @@ def circuit(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str = "") -> Fra
         f"{caption}<label>Hide what carries less than "
         f'<input type="range" min="0" max="100" value="0" data-most="{most:.6g}"> '
         '<span><output>0 %</output> of the output</span></label><div class="view">'
-        f'<div class="canvas" style="width:{width:.0f}px;height:{height:.0f}px">{names}'
+        f'<div class="canvas" style="width:{width}px;height:{height}px">{names}'
         f'<svg fill="none">{drawn}</svg>{buttons}</div></div><script>{_SCRIPT}</script></div>'
     )
 
 
-_Row = tuple[float, dict[str, float]]
+_Row = tuple[int, dict[str, int]]
 """Its upper edge, and the left edge of each of its nodes, from left to right."""
 
 
@@ -193,13 +200,13 @@ def _rows(boxes: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[_Row
     for box in boxes:
         layers.setdefault((box["layer"], box["kind"] == "eigenvector"), []).append(box)
     across = min(_ACROSS, max(map(len, layers.values())))
-    x: dict[str, float] = {}
+    x: dict[str, int] = {}
     rows: list[_Row] = []
-    y = 6.0
+    y = 6
 
     def order(box: Mapping[str, Any]) -> tuple[float, float]:
-        uppers = [x[name] for name in above.get(box["node"], []) if name in x]
-        position = -1 if pd.isna(box["position"]) else box["position"]
+        uppers = [x[name] for name in above.get(box["node"], [])]
+        position = float(box["position"]) if _known(box["position"]) else -1.0
         return position, sum(uppers) / len(uppers) if uppers else 0.0
 
     for _, layer in sorted(layers.items(), reverse=True):
@@ -207,8 +214,7 @@ def _rows(boxes: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[_Row
         n_rows = -(-len(layer) // across)
         for i in range(n_rows):
             part = layer[i::n_rows]  # neighbours stand above each other
-            half = i % 2 / 2  # each row of a layer has its nodes below the gaps of the one above
-            first = round((across + 0.5 - len(part)) / 2 - half) + half
+            first = (across - len(part)) // 2  # all gaps stand above each other
             lefts = [_NAMES + _BESIDE + (first + j) * (_WIDTH + _BESIDE) for j in range(len(part))]
             rows.append((y, {box["node"]: left for box, left in zip(part, lefts, strict=True)}))
             x |= rows[-1][1]
@@ -217,11 +223,9 @@ def _rows(boxes: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[_Row
     return rows
 
 
-def _layers(
-    boxes: list[dict[str, Any]], places: dict[str, tuple[float, float]]
-) -> dict[str, float]:
+def _layers(boxes: list[dict[str, Any]], places: dict[str, tuple[int, int]]) -> dict[str, int]:
     """The name of each layer, and where it begins."""
-    named: dict[str, float] = {}
+    named: dict[str, int] = {}
     for box in boxes:
         name = {
             "output": "output",
@@ -234,27 +238,27 @@ def _layers(
     return named
 
 
-def _way(lower: tuple[float, float], upper: tuple[float, float], rows: list[_Row]) -> str:
+def _way(lower: tuple[int, int], upper: tuple[int, int], rows: list[_Row]) -> str:
     """From below the upper node to above the lower one, through the gaps of the rows between."""
-    x, y, end = upper[0] + _WIDTH / 2, upper[1] + _HEIGHT, lower[0] + _WIDTH / 2
-    way = f"M{x:.0f} {y:.0f}"
+    x, y, end = upper[0] + _WIDTH // 2, upper[1] + _HEIGHT, lower[0] + _WIDTH // 2
+    way = f"M{x} {y}"
     for top, row in rows:
         if y < top <= lower[1]:
-            straight = x + (end - x) * (top - y) / (lower[1] - y)
-            to = end if top == lower[1] else _beside(straight, row.values())
-            middle = (y + top) / 2
-            way += f"C{x:.0f} {middle:.0f} {to:.0f} {middle:.0f} {to:.0f} {top:.0f}"
+            straight = x + (end - x) * (top - y) // (lower[1] - y)
+            to = end if top == lower[1] else _beside(straight, list(row.values()))
+            middle = (y + top) // 2
+            way += f"C{x} {middle} {to} {middle} {to} {top}"
             if top < lower[1]:
                 way += f"v{_HEIGHT}"
             x, y = to, top + _HEIGHT
     return way
 
 
-def _beside(x: float, lefts: Iterable[float]) -> float:
+def _beside(x: int, lefts: list[int]) -> int:
     """The nearest place where an edge does not run behind a node."""
-    lefts, margin = list(lefts), _BESIDE / 2 - 3
-    starts = [float(_NAMES), *(left + _WIDTH + margin for left in lefts)]
-    ends = [*(left - margin for left in lefts), math.inf]
+    margin = 5  # half of the thickest edge, and a little
+    starts = [_NAMES, *(left + _WIDTH + margin for left in lefts)]
+    ends = [*(left - margin for left in lefts), max(x, starts[-1])]
     gaps = zip(starts, ends, strict=True)
     return min((min(max(x, start), end) for start, end in gaps), key=lambda at: abs(at - x))
 
@@ -267,13 +271,14 @@ def _stroke(score: float, most: float) -> str:
     )
 
 
-def _button(number: int, box: Mapping[str, Any], x: float, y: float, height: float) -> str:
+def _button(number: int, box: Mapping[str, Any], x: int, y: int, height: int) -> str:
     colour, share = _colour(box["score"]), min(abs(box["score"]), 1.0)
     reads = [box["token"]] if _known(box["token"]) else box["reads_most"]
     over = "" if y + _NOTE <= height else " over"
     return (
         f'<button type="button" class="node" data-node="{number}" data-score="{box["score"]:.6g}" '
-        f'style="left:{x:.0f}px;top:{y:.0f}px;background:{rgba(colour, 0.06 + 0.5 * share)};'
+        f'style="left:{x}px;top:{y}px;width:{_WIDTH}px;height:{_HEIGHT}px;'
+        f"background:{rgba(colour, 0.06 + 0.5 * share)};"
         f'border-color:{rgba(colour, 0.8)}"><span>{escape(box["node"])}</span>'
         f'<span>{_tokens(reads)}</span><span class="note{over}">{_note(box)}</span></button>'
     )
@@ -291,7 +296,7 @@ def _note(box: Mapping[str, Any]) -> str:
 
 
 def _said(line: Mapping[str, Any]) -> str:
-    return f"{line['lower']} to {line['upper']}: {_share(line)}"
+    return escape(f"{line['lower']} to {line['upper']}: {_share(line)}")
 
 
 def _share(row: Mapping[str, Any]) -> str:
