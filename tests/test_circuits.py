@@ -380,11 +380,11 @@ def planted(d_model: int, seed: int, *, neuron: bool = True) -> tuple[Any, int, 
         channel = head * (d_model // 4) + inner
         layer.self_attn.v_proj.weight[channel, first] += 1
         layer.self_attn.o_proj.weight[n_brought + axis, channel] += 1
-        layer.mlp.gate_proj.weight[0, second] += 1
-        layer.mlp.up_proj.weight[0, n_brought + axis] += 1
-        unembedding: Any = plain.get_output_embeddings()
-        direction = unembedding.weight[answer] - unembedding.weight.mean(0)
         if neuron:
+            unembedding: Any = plain.get_output_embeddings()
+            direction = unembedding.weight[answer] - unembedding.weight.mean(0)
+            layer.mlp.gate_proj.weight[0, second] += 1
+            layer.mlp.up_proj.weight[0, n_brought + axis] += 1
             layer.mlp.down_proj.weight[:, 0] += direction / direction.norm()
     return bl.HookedBilinearTransformer.from_hf(plain), first, second, answer, head
 

@@ -24,6 +24,7 @@ from bilinear_lens.analysis.nodes import (
 from bilinear_lens.analysis.paths import FrozenRun
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.spectrum import Spectrum
+from bilinear_lens.tensor import BilinearTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,18 @@ class VocabularyReader:
     @cached_property
     def covariance(self) -> Float[Tensor, "d_model d_model"]:
         return self.model.token_basis().directions.mT.cov()
+
+    @cached_property
+    def grams(self) -> list[Float[Tensor, "d_model d_model"]]:
+        """For each layer G, so that the variance of what its MLP writes along d is `2 d^T G d`."""
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        root = (vectors * values.clamp(min=0).sqrt() @ vectors.mT).to(self.covariance)
+        found = []
+        for layer in range(self.model.cfg.n_layers):
+            tensor = self.model.bilinear_tensor(layer)
+            left, right = (each[:, : len(root)] @ root for each in (tensor.left, tensor.right))
+            found.append(BilinearTensor(left, right, tensor.down).output_gram())
+        return found
 
     def writers(self, upper: Node) -> Iterable[Edge]:
         """From each writer below; an MLP stands for all its eigenvectors, and carries more."""
@@ -79,9 +92,7 @@ class VocabularyReader:
             yield Edge(node, mlp.upper, weight, shares[i].item())
 
     def _variance(self, layer: int, along: Float[Tensor, " d_model"]) -> Tensor:
-        interaction = self.model.bilinear_tensor(layer).interaction(along)
-        spread = interaction[: len(along), : len(along)] @ self.covariance
-        return 2 * (spread * spread.mT).sum()
+        return 2 * along @ self.grams[layer] @ along
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +105,12 @@ class PromptReader:
     """
 
     run: FrozenRun
+
+    @cached_property
+    def grams(self) -> list[Float[Tensor, "d_model d_model"]]:
+        """For each layer G, so that the squared norm of the interaction along d is `d^T G d`."""
+        layers = range(self.model.cfg.n_layers)
+        return [self.model.bilinear_tensor(layer).output_gram() for layer in layers]
 
     @property
     def model(self) -> HookedBilinearTransformer:
@@ -120,7 +137,7 @@ class PromptReader:
             along = d * into_stream(self.model, layer, "mlp")
             x = self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here]
             squares = x @ x + self.model.bilinear_tensor(layer).affine
-            most = self.model.bilinear_tensor(layer).interaction(along).norm() * squares
+            most = (along @ self.grams[layer] @ along).sqrt() * squares  # |Q| bounds eigenvalues
             most = most * self.run.inverse_scale(layer, "ln2_post")[0, here]
             lower = Node(Place("MLP", layer, position=here), along)
             yield Edge(lower, upper, 1.0, (most / whole).item())
