@@ -6,14 +6,31 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import Float, Int
-from models import CONFIGS, random_model, some_tokens
+from models import CONFIGS, DECOUPLED, GROUPED, LINEAR, SIZES, random_model, some_tokens
 from torch import Tensor
+from transformers import Gemma2Config, GraniteConfig, PretrainedConfig
 
 import bilinear_lens as bl
 from bilinear_lens.analysis.paths import FrozenRun, Part
 
 EXACT = 1e-4
 """Largest error of a sum, relative to the largest that was written."""
+VARIANTS: dict[str, PretrainedConfig] = {
+    "norm after biases": Gemma2Config(
+        **SIZES, **DECOUPLED, hidden_activation="linear", attention_bias=True
+    ),
+    "multipliers": GraniteConfig(
+        **SIZES,
+        **GROUPED,
+        **LINEAR,
+        attention_bias=True,
+        mlp_bias=True,
+        attention_multiplier=0.4,
+        embedding_multiplier=5.0,
+        residual_multiplier=0.3,
+    ),
+}
+"""What none of `CONFIGS` has."""
 LENGTH = 11
 ENDS = torch.tensor([LENGTH - 1, 6])
 """Positions, of the two prompts of `some_tokens`, that are not both at the end."""
@@ -69,6 +86,32 @@ def test_the_parts_are_all_that_is_written(tiny, composed):
             found.projections[:, largest] = 0
             assert relative(summed(found) - expected, expected) > 100 * EXACT
             assert found.completeness_error > 100 * EXACT
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_parts_are_all_there_where_more_stands_on_their_way(name, composed):
+    """Biases that pass a norm, and multipliers of what comes into the residual stream."""
+    model = bl.HookedBilinearTransformer.from_hf(random_model(VARIANTS[name]))
+    for layer, out in enumerate(written_alone(model, list(some_tokens()))):
+        expected = out @ model.output_direction(5, layer=layer)
+        found = bl.attribute(model, some_tokens(), 5, layer=layer, composed=composed)
+        assert relative(summed(found) - expected, expected) < EXACT
+        found.projections[:, found.parts.index(Part("biases"))] = 0
+        assert relative(summed(found) - expected, expected) > 10 * EXACT
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_raw_weights_do_as_folded_ones(name, composed):
+    """Each norm then has a gain besides its scale."""
+    model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS[name]), fold=False)
+    direction = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    for layer, out in enumerate(written_alone(model, list(some_tokens()))):
+        # a direction of the residual stream, which takes the gain of a norm after the MLP
+        expected = out @ model.output_direction(direction, layer=layer)
+        found = bl.attribute(model, some_tokens(), direction, layer=layer, composed=composed)
+        assert relative(summed(found) - expected, expected) < EXACT
 
 
 @pytest.mark.parametrize("composed", [False, True])

@@ -54,6 +54,28 @@ def test_explain_prints_a_table_and_writes_nothing(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("prompt", ["", "--prompt 'There was a girl'"])
+def test_a_circuit_is_traced_checked_and_written(run, tmp_path, monkeypatch, prompt):
+    monkeypatch.setattr(cli.circuits, "TEXTS", 2)
+    monkeypatch.setattr(cli.circuits, "RANDOM", 1)
+    line = f"trace tinystories-1l ' named' {prompt} --width 4 --depth 2"
+    code, out, _ = run(line)
+    assert code == 0 and "' named'" in out and "MLP 0 e0" in out
+    assert not list(tmp_path.iterdir())
+    code, _, _ = run(f"{line} --out page.html --save circuit.safetensors --graph graph.json")
+    assert code == 0
+    page = (tmp_path / "page.html").read_text()
+    for heading in ("Circuit", "Predicted and measured", "Faithfulness"):
+        assert f"<h2>{heading}</h2>" in page
+    circuit = bl.Circuit.load(tmp_path / "circuit.safetensors")
+    graph = json.loads((tmp_path / "graph.json").read_text())
+    assert len(graph["nodes"]) == len(circuit.nodes) > 4
+    assert (circuit.prompt is None) == (not prompt)
+    for fault in ("--out no/page.html", "--text a.txt", "--layer 3", "--width 0"):
+        code, _, err = run(f"{line} {fault}")
+        assert code == 2 and len(err.strip().splitlines()) == 1
+
+
 def test_a_sweep_is_made_searched_and_resumed(run, tmp_path):
     line = "sweep tinystories-1l --out tables --token ' named' --token ' she' --k 4"
     code, out, _ = run(line)

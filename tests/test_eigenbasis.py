@@ -124,6 +124,40 @@ def test_an_edit_moves_the_output_by_just_that(tiny):
     torch.testing.assert_close(by_hand["logits"], after["logits"])
 
 
+def test_an_edit_in_place_counts_too(llama):
+    """As hooks of TransformerLens often are written, with and without returning what they edit."""
+    llama.add_eigenbasis("some", LAYER, OUTPUTS, 4)
+
+    def fresh(acts, hook):
+        return torch.cat([acts[..., :1] + 3, acts[..., 1:]], dim=-1)
+
+    def returned(acts, hook):
+        acts[..., 0] += 3
+        return acts
+
+    def silent(acts, hook):
+        acts[..., 0] += 3
+
+    clean = cached(llama)["logits"]
+    expected = cached(llama, [(acts_of("some"), fresh)])
+    assert (expected["logits"] - clean).abs().max() > 1e-2
+    for hook in (returned, silent):
+        after = cached(llama, [(acts_of("some"), hook)])
+        torch.testing.assert_close(after["logits"], expected["logits"], **CLOSE)
+        torch.testing.assert_close(after[OUT], expected[OUT], **CLOSE)
+
+
+def test_it_sees_what_hooks_make_of_the_input(llama):
+    """An edit of `hook_in` changes what the eigenvectors show, as it changes the output."""
+    llama.add_eigenbasis("all", LAYER, OUTPUTS, 24)
+    shift = torch.randn(24, generator=torch.Generator().manual_seed(6))
+    before = cached(llama)
+    after = cached(llama, [(f"blocks.{LAYER}.mlp.hook_in", lambda x, hook: x + shift)])
+    written = after[OUT] @ rows_of(llama).mT
+    torch.testing.assert_close(after[acts_of("all")].sum(-1), written, **CLOSE)
+    assert not torch.allclose(written, before[OUT] @ rows_of(llama).mT, atol=1e-2)
+
+
 def test_an_ablated_eigenvector_is_that_of_the_ablation_hooks(llama):
     """Two ways to the same: setting its activation to zero, and `ablate_eigenvectors`."""
     direction = llama.output_direction(5)

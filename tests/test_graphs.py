@@ -266,6 +266,17 @@ def test_on_a_prompt_tokens_go_from_left_to_right():
     assert drawing.corner(4)[0] > drawing.corner(5)[0]
 
 
+def test_from_weights_nodes_stand_below_what_they_write_to():
+    nodes = [node("o", "output", 1, 1.0)]
+    nodes += [node(name, "eigenvector", 0, 0.5) for name in ("a", "b")]
+    nodes += [node(name, "head", 0, 0.25) for name in ("below b", "below a")]
+    edges = [("a", "o", 0.5), ("b", "o", 0.5), ("below a", "a", 0.25), ("below b", "b", 0.25)]
+    table = pd.DataFrame(edges, columns=["lower", "upper", "score"])
+    drawing = Drawing(graphs.circuit(pd.DataFrame(nodes), table))
+    a, b, below_b, below_a = (drawing.corner(i)[0] for i in range(1, 5))
+    assert a == below_a < b == below_b
+
+
 @CIRCUITS
 def test_edges_join_their_nodes_and_run_behind_none(nodes, edges):
     drawing = Drawing(graphs.circuit(nodes, edges))

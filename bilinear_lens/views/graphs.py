@@ -267,7 +267,7 @@ def _stroke(score: float, most: float) -> str:
     size = abs(score) / most
     return (
         f'data-score="{score:.6g}" stroke-width="{1 + 6 * size:.2f}" '
-        f'stroke="{rgba(_colour(score), 0.5 + 0.4 * size)}"'
+        f'stroke="{rgba(_colour(score), 0.6 + 0.3 * size)}"'
     )
 
 

@@ -42,7 +42,6 @@ def test_what_a_trace_costs(kind):
         command = [sys.executable, "-c", RUN, str(width), str(layers), kind]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"\ntrace, width 8, depth 4, 4,096 tokens\n{pd.DataFrame(rows).round(2).to_string(index=False)}"
-    )
+    table = pd.DataFrame(rows).round(2).to_string(index=False)
+    print(f"\ntrace, width 8, depth 4, 4,096 tokens\n{table}")
     assert all(row["nodes"] > 8 for row in rows)
