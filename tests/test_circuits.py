@@ -31,12 +31,12 @@ def stories() -> list[str]:
 
 
 @cache
-def on_prompt() -> bl.Circuit:
+def on_prompt() -> Any:
     return bl.measure_effects(model(), bl.trace(model(), " named", prompt=PROMPT))
 
 
 @cache
-def from_weights() -> bl.Circuit:
+def from_weights() -> Any:
     return bl.trace(model(), " named", width=6, depth=3)
 
 
@@ -206,13 +206,13 @@ def test_a_circuit_is_more_faithful_than_random_ones():
     circuit = from_weights()
     draws = [bl.trace(model(), " named", width=6, depth=3, random=seed) for seed in range(2)]
     curve = bl.faithfulness(model(), circuit, stories(), random=draws, window=64)
-    last = curve.groupby(["circuit", "draw"]).last()["left"]
+    last: Any = curve.groupby(["circuit", "draw"]).last()["left"]
     assert last["traced"].iloc[0] > 0.15 > 2 * last["random"].max()
     assert set(curve["draw"][curve["circuit"] == "random"]) == {0, 1}
 
 
 def test_effects_of_a_circuit_from_weights_are_shares_of_variance():
-    measured = bl.measure_effects(model(), from_weights(), stories(), window=64)
+    measured: Any = bl.measure_effects(model(), from_weights(), stories(), window=64)
     values = measured.nodes["measured"]
     assert values.iloc[0] == 1 and (values >= 0).all() and values.iloc[1:].max() > 0.01
 
@@ -345,7 +345,8 @@ def test_without_a_prompt_scales_after_blocks_are_not_known():
 def test_activations_that_are_not_finite_are_named():
     broken = random_model(CONFIGS["llama"])
     with torch.no_grad():
-        broken.get_input_embeddings().weight[5] = 1e30
+        embedding: Any = broken.get_input_embeddings()
+        embedding.weight[5] = 1e30
     hooked = bl.HookedBilinearTransformer.from_hf(broken)
     with pytest.raises(ValueError, match=r"hook_\w+ is NaN or infinite"):
         bl.trace(hooked, torch.ones(24), prompt=torch.tensor([3, 5, 7]))
@@ -376,7 +377,8 @@ def planted(d_model: int, seed: int, *, neuron: bool = True) -> tuple[Any, int, 
             weight.fill_(1.0) if "norm" in name else weight.mul_(0.2)
         embedding: Any = plain.get_input_embeddings()
         embedding.weight[:, :n_tokens] += torch.eye(n_tokens)
-        layer: Any = plain.get_decoder().layers[0]
+        decoder: Any = plain.get_decoder()
+        layer = decoder.layers[0]
         channel = head * (d_model // 4) + inner
         layer.self_attn.v_proj.weight[channel, first] += 1
         layer.self_attn.o_proj.weight[n_brought + axis, channel] += 1
@@ -399,7 +401,7 @@ def test_a_planted_skip_trigram_comes_first(d_model, seed):
     assert best["token_a"] == repr(labels[second])
     assert best["token_b"] == f"{labels[first]!r} via L0H{head}"
 
-    nodes = bl.trace(hooked, answer, layer=0, width=6, depth=2).nodes
+    nodes: Any = bl.trace(hooked, answer, layer=0, width=6, depth=2).nodes
     # a product of two directions is a pair of eigenvectors, with eigenvalues of both signs
     pair = nodes[nodes["kind"] == "eigenvector"].nlargest(2, "score")
     assert set(pair["eigenvector"]) == {0, 1} and pair["eigenvalue"].prod() < 0
