@@ -401,24 +401,26 @@ def test_a_drawing_can_be_used_with_the_keyboard(browser, drawings):
 
 def test_the_slider_hides_what_carries_less(browser, drawings):
     show(browser, drawings)
-    slider, shown = (browser.find_element(By.CSS_SELECTOR, tag) for tag in ("input", "output"))
+    slider, shown = (browser.find_elements(By.CSS_SELECTOR, tag)[1] for tag in ("input", "output"))
     strongest = {"' named'", "MLP 1 e0@7", "MLP 1 e0@7 to ' named'"}
-    ActionChains(browser).click(node(browser, "L1H3@5")).perform()
+    ActionChains(browser).click(node(browser, "L1H3@5", drawing=1)).perform()
     slider.send_keys(Keys.END)
     assert shown.text == "50 %"
-    assert seen(browser) == strongest  # and what was chosen is gone, so that nothing is faint
-    assert seen(browser, "gone") == EVERYTHING - strongest
-    assert seen(browser, drawing=1) == EVERYTHING
+    # what was chosen is gone, so that nothing is faint
+    assert seen(browser, drawing=1) == strongest
+    assert seen(browser, "gone", drawing=1) == EVERYTHING - strongest
+    assert seen(browser) == EVERYTHING
     slider.send_keys(Keys.ARROW_LEFT * 10)
     assert shown.text == "25 %"
-    assert seen(browser) == strongest  # 30 % reach a node that carries less to the output
+    # 30 % reach a node that carries less to the output
+    assert seen(browser, drawing=1) == strongest
     slider.send_keys(Keys.ARROW_LEFT * 13)
     assert shown.text == "10 %"
     below = {"embedding@7", "embedding@7 to MLP 1 e0@7"}
-    assert seen(browser) == strongest | THROUGH_HEAD | below
+    assert seen(browser, drawing=1) == strongest | THROUGH_HEAD | below
     slider.send_keys(Keys.HOME)
     assert shown.text == "0 %"
-    assert seen(browser) == EVERYTHING
+    assert seen(browser, drawing=1) == EVERYTHING
 
 
 @pytest.mark.parametrize(("ink", "paper"), [("#000", "#fff"), ("#ddd", "#111")])
