@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from jaxtyping import Int
@@ -16,8 +15,6 @@ from transformers import (
 )
 
 from bilinear_lens.training.text import BATCH, pack
-
-compute: Any = pyarrow.compute  # its functions are made as it is imported
 
 
 def with_labels(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,17 +79,17 @@ def as_windows(
 
 def _check_rows(windows: Dataset, vocab_size: int) -> None:
     """Refuse windows of several lengths, or of tokens that the model does not have."""
-    table: Any
-    for table in windows.select_columns("input_ids").with_format("arrow").iter(BATCH):
-        tokens = table["input_ids"]
-        lengths = compute.min_max(compute.list_value_length(tokens)).as_py()
-        if lengths["min"] != lengths["max"]:
+    lengths: set[int] = set()
+    batch: Any
+    for batch in windows.select_columns("input_ids").with_format("numpy").iter(BATCH):
+        rows = batch["input_ids"]  # an array of arrays where they are not equally long
+        lengths |= {rows.shape[1]} if rows.ndim == 2 else set(map(len, rows))
+        if len(lengths) > 1:
             raise ValueError(
-                f"The windows have from {lengths['min']} to {lengths['max']} tokens: they must be "
+                f"The windows have from {min(lengths)} to {max(lengths)} tokens: they must be "
                 "equally long."
             )
-        ends = compute.min_max(compute.list_flatten(tokens)).as_py()
-        _check_tokens(ends["min"], ends["max"], vocab_size)
+        _check_tokens(int(rows.min()), int(rows.max()), vocab_size)
 
 
 def _check_tokens(least: int, most: int, vocab_size: int) -> None:
