@@ -193,7 +193,7 @@ def test_with_every_eigenvector_all_is_left_and_with_none_nothing(prompt):
     hooked = model()
     d_model = hooked.cfg.d_model
     circuit = bl.trace(hooked, " named", prompt=prompt, layer=0, depth=1, width=d_model)
-    curve = bl.faithfulness(hooked, circuit, stories()[:2], window=32)
+    curve = bl.faithfulness(hooked, circuit, stories()[:1], window=32)
     assert list(curve["nodes"]) == list(range(len(circuit.nodes)))
     assert curve["left"].iloc[0] == pytest.approx(0, abs=1e-5)
     assert curve["left"].iloc[-1] == pytest.approx(1, abs=2e-3)

@@ -71,8 +71,8 @@ def trace(
     table = Table("node", "token", "score", "reads most", box=None, header_style="bold")
     for row in circuit.nodes.to_dict("records"):
         reads = " ".join(map(visible, row["reads_most"]))
-        token = "" if row["token"] is None else visible(row["token"])
-        table.add_row(*map(escape, (row["node"], token, f"{row['score']:.4f}", reads)))
+        at = "" if row["token"] is None else visible(row["token"])
+        table.add_row(*map(escape, (row["node"], at, f"{row['score']:.4f}", reads)))
     console.print(table)
     if save is not None:
         circuit.save(save)
