@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from models import CONFIGS, DECOUPLED, GROUPED, LINEAR, SIZES, random_model, some_tokens
 from torch import Tensor
-from transformers import Gemma2Config, GraniteConfig, PretrainedConfig
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PretrainedConfig
 
 import bilinear_lens as bl
 from bilinear_lens.analysis.paths import FrozenRun, Part
@@ -502,3 +502,35 @@ def test_an_activation_that_is_not_finite_is_named():
             assert f"{first} is NaN or infinite" in fault(call)
     model = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]))
     assert FrozenRun(model, some_tokens()).cache  # the control
+
+
+def test_by_part_of_the_shorter_prompt(model):
+    found = bl.attribute(model, ["A girl.", "Once upon a time there was a dog."], " girl", layer=0)
+    total = found.activations[0].sum().item()
+    assert found.by_part(0).adds.sum() == pytest.approx(total, abs=1e-5)
+
+
+def test_the_largest_product_of_all():
+    m = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]))
+    found = bl.attribute(m, some_tokens()[:, :4], 5, layer=0, k=3)
+    found.projections[:] = 0
+    found.projections[:, 0, 0], found.projections[:, 1, 0] = 1.0, 0.9
+    value = found.spectrum.values[0].item()
+    assert found.products(1).adds.item() == pytest.approx(2 * 0.9 * value)
+
+
+def test_sixteen_bits():
+    half = bl.HookedBilinearTransformer.from_pretrained("tinystories-1l", dtype=torch.bfloat16)
+    assert bl.attribute(half, "A girl.", " girl", layer=0).completeness_error < 0.05
+
+
+@pytest.mark.parametrize("prompts", [[], torch.zeros(0, 3, dtype=torch.long), torch.tensor([1, 2])])
+def test_no_prompts(model, as_users, prompts):
+    with pytest.raises(ValueError):
+        bl.attribute(model, prompts, " girl", layer=0)
+
+
+def test_a_larger_epsilon():
+    config = LlamaConfig(**SIZES, **DECOUPLED, **LINEAR, rms_norm_eps=1e-3)
+    m = bl.HookedBilinearTransformer.from_hf(random_model(config))
+    assert bl.attribute(m, some_tokens(), 5, layer=1).completeness_error < 1e-4

@@ -248,7 +248,8 @@ def test_a_saved_circuit_is_the_same(make, tmp_path):
     assert loaded.title == circuit.title
     again = bl.measure_effects(model(), loaded, stories(), window=64)
     expected = bl.measure_effects(model(), circuit, stories(), window=64)
-    pd.testing.assert_frame_equal(again.nodes, expected.nodes)
+    # effects are small differences of outputs in float32
+    pd.testing.assert_frame_equal(again.nodes, expected.nodes, rtol=1e-3, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["circuit.safetensors"]
 
 

@@ -438,3 +438,21 @@ def test_a_taken_or_unknown_name_is_named(llama):
     compared(state(llama), before)  # the one that is there stays as it was
     llama.remove_eigenbasis("some", LAYER)
     assert "no eigenbasis 'some'" in fault(lambda: llama.remove_eigenbasis("some", LAYER))
+
+
+def test_dependence_in_single_precision_is_seen():
+    m = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]))
+    with pytest.raises(ValueError, match="linearly independent"):
+        m.add_eigenbasis("x", 1, [5, 6, (5, 6)], 2)
+
+
+def test_the_names_of_a_modules_attributes_are_refused():
+    m = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]))
+    for name in ("training", "_modules", "_parameters"):
+        with pytest.raises(ValueError, match="Python name"):
+            m.add_eigenbasis(name, 1, [5], 2)
+
+
+def test_one_string_is_one_output(model):
+    with pytest.raises(ValueError), model.eigenbasis("x", 0, " she", 3):
+        pass

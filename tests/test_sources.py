@@ -1,5 +1,6 @@
 """What reaches an MLP: heads and earlier MLPs against plain computations, and pairs of sources."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,13 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float
-from models import CONFIGS, random_model
+from models import CONFIGS, GROUPED, LINEAR, SIZES, random_model
 from torch import Tensor
+from transformers import GraniteConfig
 
 import bilinear_lens as bl
 from bilinear_lens.analysis import pairs as pairs_module
 from bilinear_lens.analysis import sources as sources_module
 from bilinear_lens.analysis.pairs import Pairs, top_cross_pairs, top_pairs
+from bilinear_lens.analysis.paths import FrozenRun, Part
 from bilinear_lens.analysis.sources import join, source_basis
 
 SMALL = ["llama", "llama-biases", "mistral", "qwen2-tied", "qwen3", "gemma-tied", "granite", "phi3"]
@@ -379,3 +382,37 @@ def test_a_number_out_of_range_is_named(either):
     for k in (0, -1, 13):
         message = fault(lambda k=k: top_cross_pairs(matrix, first, second, k))
         assert f"k={k} must be between 1 and the 12 pairs there are" in message
+
+
+def test_ties_at_zero():
+    found = top_cross_pairs(
+        torch.eye(3), torch.tensor([[0.0, 0, 0], [1, 2, 3]]), torch.ones(2, 3), 4
+    )
+    assert len(found.values) == 4
+
+
+@pytest.mark.parametrize("name", ["gemma2-tied", "gemma3-tied", "olmo2", "granite"])
+def test_a_head_source_points_where_it_reaches_the_mlp(name):
+    """Of a lone token; compared by direction, so that the norms' scales do not matter."""
+    config = copy.deepcopy(CONFIGS[name])
+    if name == "granite":
+        config = GraniteConfig(
+            **SIZES, **GROUPED, **LINEAR, residual_multiplier=0.3, embedding_multiplier=5.0
+        )
+    m = bl.HookedBilinearTransformer.from_hf(random_model(config))
+    run, zero = FrozenRun(m, torch.arange(37)[:, None]), torch.zeros(37, dtype=torch.long)
+    parts, projections = run.into_mlp(0, zero, torch.eye(24))
+    expected = projections[:, parts.index(Part("L0H3", 0, "embedding"))]
+    found = bl.source_basis(m, "L0H3", layer=0).directions
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(found),
+        torch.nn.functional.normalize(expected),
+        atol=1e-4,
+        rtol=0,
+    )
+    # as the MLP sees it beside an embedding of the usual size: relative to the embedding's own
+    embedding = bl.source_basis(m, "embedding", layer=0).directions.norm(dim=1).mean()
+    seen = projections[:, parts.index(Part("embedding"))].norm(dim=1).mean()
+    ratio = (found.norm(dim=1).mean() / embedding) / (expected.norm(dim=1).mean() / seen)
+    if name == "granite":
+        assert 0.8 < ratio < 1.25

@@ -67,9 +67,11 @@ class Attribution:
             Columns `part`, `adds`, the largest magnitude first; `adds` sums to what the
             eigenvectors write.
         """
-        each = self.projections[prompt]
+        each, n_tokens = self.projections[prompt], len(self.tokens[prompt])
         adds = (self.spectrum.values * each * each.sum(0)).sum(1)
         order = adds.abs().argsort(descending=True).tolist()
+        # the rest is padding
+        order = [i for i in order if (self.parts[i].position or 0) < n_tokens]
         return pd.DataFrame(
             {
                 "part": [self.label(self.parts[i], prompt) for i in order],
@@ -84,8 +86,8 @@ class Attribution:
             Columns `eigenvector`, `part_a`, `part_b`, `adds`: both orders of two parts together.
         """
         each = self.projections[prompt]
-        # no product among the n largest of an eigenvector has a part that ranks below n
-        top = each.abs().topk(min(n, len(each)), dim=0).indices
+        # no product among the n largest of an eigenvector has a part that ranks below n + 1
+        top = each.abs().topk(min(n + 1, len(each)), dim=0).indices
         high = each.gather(0, top)
         products = self.spectrum.values * high[:, None] * high
         twice = 2 - torch.eye(len(high)).to(products)
@@ -133,11 +135,13 @@ def attribute(
     direction = model.output_direction(output, contrast, layer=layer)
     whole = tensor.eigh(direction)
     spectrum = whole if k is None else whole.top(k)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if len(prompts) == 0 or (isinstance(prompts, Tensor) and prompts.ndim != 2):
+        raise ValueError("prompts must be texts, or token ids [batch, pos], and one at least.")
     if isinstance(prompts, Tensor):
         rows = list(prompts)
     else:
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        rows = [model.to_tokens(text)[0] for text in texts]
+        rows = [model.to_tokens(text)[0] for text in prompts]
     ends = torch.tensor([len(row) - 1 for row in rows])
     run = FrozenRun(model, pad_sequence(rows, batch_first=True))
     vectors = spectrum.vectors[: spectrum.d_in]

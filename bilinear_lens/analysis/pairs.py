@@ -106,7 +106,18 @@ def top_cross_pairs(
     crossed = torch.cat([torch.cat([zero, matrix], 1), torch.cat([matrix, zero], 1)])
     pairs = top_pairs(crossed, torch.block_diag(first, second), k)
     apart = (pairs.first < len(first)) & (pairs.second >= len(first))
-    return Pairs(pairs.first[apart], pairs.second[apart] - len(first), pairs.values[apart])
+    found = Pairs(pairs.first[apart], pairs.second[apart] - len(first), pairs.values[apart])
+    if len(found.values) == k:
+        return found
+    # the others are exactly zero, like those within a source
+    listed = found.first * len(second) + found.second
+    every = torch.arange(len(first) * len(second), device=listed.device)
+    zeros = every[~torch.isin(every, listed)][: k - len(listed)]
+    return Pairs(
+        torch.cat([found.first, zeros // len(second)]),
+        torch.cat([found.second, zeros % len(second)]),
+        torch.cat([found.values, zeros.new_zeros(len(zeros)).to(found.values)]),
+    )
 
 
 def token_pairs(

@@ -50,7 +50,8 @@ class FrozenRun:
         for name, activation in cache.items():
             if not activation.isfinite().all():
                 raise ValueError(f"{name} is NaN or infinite on this prompt.")
-        return cache
+        floats = {name: activation.float() for name, activation in cache.items()}
+        return ActivationCache(floats, self.model)
 
     def written(
         self, layer: int, *, attention: bool
@@ -69,11 +70,11 @@ class FrozenRun:
             attn = self.model.blocks[each].attn
             after = self.after_attention(each)
             z = self.cache[f"blocks.{each}.attn.hook_z"]
-            heads = einsum(z, attn.W_O, "b pos head d, head d model -> b pos head model")
+            heads = einsum(z, attn.W_O.float(), "b pos head d, head d model -> b pos head model")
             parts += [head * after for head in heads.unbind(2)]
             names += [f"L{each}H{head}" for head in range(heads.shape[2])]
             if attn.b_O is not None:
-                biases = biases + attn.b_O * after
+                biases = biases + attn.b_O.float() * after
             if each < layer:
                 ends = (f"blocks.{each}.hook_resid_{end}" for end in ("mid", "post"))
                 before, then = (self.cache[end] for end in ends)
@@ -110,7 +111,7 @@ class FrozenRun:
         for each in range(layer + 1):
             attn = self.model.blocks[each].attn
             after = self.after_attention(each)[rows, positions][..., None]
-            out = einsum(attn.W_O, reading * after, "head d model, b model k -> b head d k")
+            out = einsum(attn.W_O.float(), reading * after, "head d model, b model k -> b head d k")
             weight = self.cache[f"blocks.{each}.attn.hook_pattern"][rows, :, positions]
             out = einsum(weight, out, "b head pos, b head d k -> b head pos d k")
             read, values, bias = self._values(each, composed)
@@ -132,10 +133,10 @@ class FrozenRun:
         """A layer's values, split by the writer of what they were made of, and their bias."""
         attn = self.model.blocks[layer].attn
         n_heads = self.model.cfg.n_heads
-        weight = attn.W_V.repeat_interleave(n_heads // len(attn.W_V), dim=0)
+        weight = attn.W_V.float().repeat_interleave(n_heads // len(attn.W_V), dim=0)
         bias = attn.b_V
         if bias is not None:
-            bias = bias.view(-1, weight.shape[2])
+            bias = bias.float().view(-1, weight.shape[2])
             bias = bias.repeat_interleave(n_heads // len(bias), dim=0)
         read, written = self.written(layer, attention=False)
         if not composed:

@@ -44,7 +44,8 @@ class VocabularyReader:
     @cached_property
     def embedding(self) -> Float[Tensor, "d_model d_model"]:
         every = torch.arange(self.model.cfg.d_vocab, device=self.model.cfg.device)
-        return self.model.embed(every).float().mT.cov()
+        factor = getattr(self.model.cfg, "embedding_multiplier", 1.0)
+        return (factor * self.model.embed(every).float()).mT.cov()
 
     @cached_property
     def covariance(self) -> Float[Tensor, "d_model d_model"]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bilinear_lens.analysis.nodes import into_stream
 from bilinear_lens.basis import Basis
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 
@@ -33,7 +34,7 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
         return Basis(model.token_directions(range(model.cfg.d_vocab)), _quoted(model))
     head, mlp = re.fullmatch(r"L(\d+)H(\d+)", source), re.fullmatch(r"MLP (\d+)", source)
     scale = model.embed(torch.arange(model.cfg.d_vocab, device=model.cfg.device)).float()
-    scale = scale.square().mean().sqrt()
+    scale = scale.square().mean().sqrt() * getattr(model.cfg, "embedding_multiplier", 1.0)
     if head:
         at, number = map(int, head.groups())
         if at > layer or number >= model.cfg.n_heads:
@@ -42,6 +43,7 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
                 f"L{layer}H{model.cfg.n_heads - 1} do."
             )
         rows = model.token_directions(range(model.cfg.d_vocab)) @ model.head_weight(at, number)
+        rows = rows * into_stream(model, at, "attn")
         return Basis(rows / scale, [f"{token} via {source}" for token in _quoted(model)])
     if mlp is None:
         raise ValueError(
@@ -55,6 +57,7 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
         )
     modes = model.bilinear_tensor(at).hosvd(min(MODES, tensor.d_out))
     rows = modes.directions * (2**0.5 * modes.singular_values / scale)[:, None]
+    rows = rows * into_stream(model, at, "mlp")
     return Basis(rows, [f"{source}, direction {i}" for i in range(len(rows))])
 
 

@@ -29,7 +29,8 @@ class Eigenbasis(nn.Module):
         """Raises ValueError if a direction is a combination of the others, or as `eigh` does."""
         super().__init__()
         n = len(directions)
-        if n == 0 or torch.linalg.matrix_rank(directions.double()) < n:
+        rows = torch.nn.functional.normalize(directions.double(), dim=-1)
+        if n == 0 or torch.linalg.matrix_rank(rows, rtol=1e-5) < n:
             raise ValueError(
                 f"The {n} directions must be linearly independent, and at least one: otherwise an "
                 "edit of one cannot leave the others alone."

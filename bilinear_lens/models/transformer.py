@@ -316,13 +316,15 @@ class HookedBilinearTransformer(TransformerBridge):
                 direction is a combination of the others.
         """
         tensor, eigen = self.bilinear_tensor(layer), self.blocks[layer].mlp.eigen
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"name={name!r} must be a Python name, such as 'she'.")
         if name in eigen:
             raise ValueError(
                 f"Layer {layer} has an eigenbasis {name!r} already: give another name, or "
                 f"remove_eigenbasis({name!r}, {layer}) first."
             )
+        if isinstance(directions, str):
+            raise ValueError(f"directions={directions!r} must be a list: [{directions!r}].")
         outputs = directions.directions if isinstance(directions, Basis) else directions
         rows = [self.output_direction(each, layer=layer) for each in outputs]
         if not rows:
@@ -460,9 +462,10 @@ class HookedBilinearTransformer(TransformerBridge):
 
     @torch.no_grad()
     def norm_gain(self, norm: nn.Module) -> Float[Tensor, " d_model"]:
-        """What a norm multiplies by: its output for an input of ones."""
-        ones = torch.ones(1, 1, self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
-        return norm(ones)[0, 0].float()
+        """What a norm multiplies by: its output for an input of equal entries."""
+        # large ones, beside which its eps is nothing
+        equal = torch.full((1, 1, self.cfg.d_model), 1024.0)
+        return norm(equal.to(self.cfg.device, self.cfg.dtype))[0, 0].float()
 
     def _require_folded(self) -> None:
         if not self.folded:
