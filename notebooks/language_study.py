@@ -110,7 +110,7 @@ class Conversion:
         held_out = bl.load_text(data / "tinystories/heldout.txt.gz")
         out = models / self.folder()
         table = bl.bilinearize_study(
-            model.float(),
+            model,
             bl.load_text(data / "tinystories/train.txt.gz"),
             held_out,
             args=bl.recommended_arguments(

@@ -113,18 +113,18 @@ def faithfulness(
         runs = _runs(model, each, text, window) if each.prompt else reference
         restricted = [_Restricted(each, run, means) for run in runs]
         whole = torch.cat([run.output() for run in restricted])
-        none = torch.cat([run.output(*run.only(set())) for run in restricted])
+        outs: list[Tensor] = []
         for n in range(len(each.found)):
             kept = set(each.found[1 : n + 1])
-            out = torch.cat([run.output(*run.only(kept)) for run in restricted])
-            gone, left = whole - none, out - none
+            outs.append(torch.cat([run.output(*run.only(kept)) for run in restricted]))
+            gone, left = whole - outs[0], outs[n] - outs[0]
             rows.append(
                 {
                     "circuit": name,
                     "draw": draw,
                     "nodes": n,
                     "left": (left @ gone / (gone @ gone)).item(),
-                    "explained": 1 - ((whole - out).square().sum() / (gone @ gone)).item(),
+                    "explained": 1 - ((whole - outs[n]).square().sum() / (gone @ gone)).item(),
                 }
             )
             bar.update()
