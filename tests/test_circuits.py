@@ -172,6 +172,12 @@ def test_predictions_agree_with_what_is_measured_and_controls_are_small():
     circuit = on_prompt()
     for frame in (circuit.nodes.iloc[1:], circuit.edges):
         assert frame["score"].corr(frame["measured"]) > 0.95
+    x, y = circuit.nodes.iloc[1:]["score"], circuit.nodes.iloc[1:]["measured"]
+    x, y = x - x.mean(), y - y.mean()
+    assert circuit.correlation["nodes"] == pytest.approx((x @ y) / (x @ x * (y @ y)) ** 0.5)
+    assert circuit.correlation["edges"] > 0.95
+    with pytest.raises(ValueError, match="measure_effects"):
+        bl.trace(model(), " named", depth=1).correlation  # noqa: B018
     random = bl.measure_effects(model(), bl.trace(model(), " named", prompt=PROMPT, random=0))
     sizes = [each.nodes["measured"].iloc[1:].abs().mean() for each in (circuit, random)]
     assert sizes[0] > 5 * sizes[1]

@@ -15,7 +15,7 @@ from bilinear_lens.views.style import NEGATIVE, POSITIVE, rgba
 
 EVIL = "</script></title><img/src=x/onerror=window.hacked=1>&amp;\"'"
 MINUS = "\u2212"
-TAGS = "b bdi br button div input label output p path script span strong style svg title"
+TAGS = "b bdi br button div i input label output p path script span strong style svg title"
 Point = tuple[float, float]
 
 
@@ -371,3 +371,11 @@ def test_bad_input_is_refused_with_its_remedy():
         graphs.circuit(nodes.assign(score=math.nan), edges)
     with pytest.raises(ValueError, match="The edges' score holds NaN"):
         graphs.circuit(nodes, edges.assign(score=math.inf))
+
+
+def test_colours_are_explained_where_there_are_two():
+    nodes, edges = small()
+    drawing = Drawing(graphs.circuit(nodes, edges))
+    assert "raises the output" in drawing.text and "lowers it" in drawing.text
+    positive = graphs.circuit(nodes, edges.assign(score=edges["score"].abs()))
+    assert "lowers it" not in Drawing(positive).text

@@ -300,6 +300,24 @@ def test_the_trade_off_has_error_bars_both_ways(points):
     assert measures.trade_off(points.assign(lost_low=0.0)).layout.yaxis.type is None
 
 
+def test_faithfulness_shows_the_traced_circuit_and_the_range_of_random_ones():
+    lefts = {("traced", 0): [0.0, 0.5, 0.75], ("random", 0): [0.0, 0.1], ("random", 1): [0.0, 0.3]}
+    curve = pd.DataFrame(
+        [
+            {"circuit": name, "draw": draw, "nodes": n, "left": left}
+            for (name, draw), row in lefts.items()
+            for n, left in enumerate(row)
+        ]
+    )
+    figure = measures.faithfulness(curve, title="t")
+    _, traced, band, random = traces(figure, "scatter")
+    assert (traced["name"], traced["x"], traced["y"]) == ("traced", [1, 2], [0.5, 0.75])
+    assert (random["name"], random["x"], random["y"]) == ("random", [1], [0.2])
+    assert sorted(band["y"]) == [0.1, 0.3] and figure.layout.xaxis.title.text == "nodes"
+    with pytest.raises(ValueError, match="left"):
+        measures.faithfulness(curve.drop(columns="left"))
+
+
 def test_a_trade_off_needs_no_more_than_two_measures(points):
     figure = measures.trade_off(points[["accuracy", "lost"]])
     (both,) = traces(figure, "scatter")

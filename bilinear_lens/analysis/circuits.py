@@ -100,6 +100,18 @@ class Circuit:
         columns = ["lower", "upper", "weight", "share", "score"]
         return _measured(pd.DataFrame(rows, columns=columns), self.edge_effects)
 
+    @property
+    def correlation(self) -> pd.Series:
+        """Of predicted with measured effects: entries `nodes`, below the output, and `edges`.
+
+        Raises:
+            ValueError: if they were not measured.
+        """
+        if self.node_effects is None:
+            raise ValueError("No effect was measured: measure_effects(model, circuit) does that.")
+        tables = {"nodes": self.nodes.iloc[1:], "edges": self.edges}
+        return pd.Series({name: t["score"].corr(t["measured"]) for name, t in tables.items()})
+
     def top(self, n: int) -> "Circuit":
         """The output and the n nodes that come first, with the edges between them.
 

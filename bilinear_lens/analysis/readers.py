@@ -43,9 +43,7 @@ class VocabularyReader:
 
     @cached_property
     def embedding(self) -> Float[Tensor, "d_model d_model"]:
-        every = torch.arange(self.model.cfg.d_vocab, device=self.model.cfg.device)
-        factor = getattr(self.model.cfg, "embedding_multiplier", 1.0)
-        return (factor * self.model.embed(every).float()).mT.cov()
+        return self.model.embedded(range(self.model.cfg.d_vocab)).mT.cov()
 
     @cached_property
     def covariance(self) -> Float[Tensor, "d_model d_model"]:

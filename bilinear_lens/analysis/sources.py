@@ -33,8 +33,7 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
     if source == "embedding":
         return Basis(model.token_directions(range(model.cfg.d_vocab)), _quoted(model))
     head, mlp = re.fullmatch(r"L(\d+)H(\d+)", source), re.fullmatch(r"MLP (\d+)", source)
-    scale = model.embed(torch.arange(model.cfg.d_vocab, device=model.cfg.device)).float()
-    scale = scale.square().mean().sqrt() * getattr(model.cfg, "embedding_multiplier", 1.0)
+    scale = model.embedded(range(model.cfg.d_vocab)).square().mean().sqrt()
     if head:
         at, number = map(int, head.groups())
         if at > layer or number >= model.cfg.n_heads:

@@ -371,10 +371,16 @@ class HookedBilinearTransformer(TransformerBridge):
     def token_directions(self, ids: range) -> Float[Tensor, "n d_model"]:
         """The rows of `token_basis` for some ids."""
         self._require_folded()
-        embedding = self.embed(torch.tensor(ids, device=self.cfg.device)).float()
+        embedding = self.embedded(ids)
         if hasattr(self.blocks[0], "ln2"):
             embedding /= (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
         return embedding
+
+    @torch.no_grad()
+    def embedded(self, ids: range) -> Float[Tensor, "n d_model"]:
+        """What some tokens' embeddings write to the residual stream, in float32."""
+        factor = getattr(self.cfg, "embedding_multiplier", 1.0)  # Granite
+        return factor * self.embed(torch.tensor(ids, device=self.cfg.device)).float()
 
     @torch.no_grad()
     def head_weight(self, layer: int, head: int) -> Float[Tensor, "d_model d_model"]:

@@ -43,6 +43,10 @@ _STYLE = """
 .bl-circuit { font: 13px/1.45 system-ui, sans-serif; color: inherit; }
 .bl-circuit label { display: flex; flex-wrap: wrap; gap: 0 .7em; align-items: center; }
 .bl-circuit input { width: 220px; accent-color: @grey; }
+.bl-circuit .key { margin-left: auto; }
+.bl-circuit .key i {
+  display: inline-block; width: 1.6em; height: 4px; margin: 0 .4em .2em .8em; border-radius: 2px;
+}
 .bl-circuit .view { overflow-x: auto; margin: .5em 0; }
 .bl-circuit .canvas { position: relative; }
 .bl-circuit .canvas > * { position: absolute; }
@@ -181,10 +185,20 @@ def circuit(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str = "") -> Fra
         f'<div class="bl-circuit" data-lm-suppress-shortcuts="true"><style>{_STYLE}</style>'
         f"{caption}<label>Hide what carries less than "
         f'<input type="range" min="0" max="100" value="0" data-most="{most:.6g}"> '
-        '<span><output>0 %</output> of the output</span></label><div class="view">'
+        f"<span><output>0 %</output> of the output</span>{_key(lines)}</label>"
+        '<div class="view">'
         f'<div class="canvas" style="width:{width}px;height:{height}px">{names}'
         f'<svg fill="none">{drawn}</svg>{buttons}</div></div><script>{_SCRIPT}</script></div>'
     )
+
+
+def _key(lines: list[dict[str, Any]]) -> str:
+    """What the colours say, where there are two."""
+    if all(line["score"] >= 0 for line in lines):
+        return ""
+    names = {POSITIVE: "raises the output", NEGATIVE: "lowers it"}
+    marks = (f'<i style="background:{rgba(colour)}"></i>{name}' for colour, name in names.items())
+    return f'<span class="key">{"".join(marks)}</span>'
 
 
 _Row = tuple[int, dict[str, int]]

@@ -1,4 +1,4 @@
-"""Plotly figures of measures: what truncation costs, and one measure against another."""
+"""Plotly figures of measures: what truncation costs, what a circuit leaves, one against another."""
 
 from collections.abc import Hashable, Iterable
 from itertools import cycle
@@ -68,6 +68,23 @@ def truncation(curves: pd.DataFrame, *, y: str = "lost", title: str | None = Non
             ticks.append(k)
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return _with_legend_below(figure, title)
+
+
+def faithfulness(curve: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """What is left of an output when only a circuit's first nodes write it.
+
+    Args:
+        curve: as `bl.faithfulness` returns: a line for the traced circuit, and one for the mean of
+            the random ones, with their range.
+
+    Raises:
+        ValueError: if a column is missing, there are no rows, or a number is not finite.
+    """
+    check_columns(curve, ["circuit", "nodes", "left"], "curve")
+    kept = curve[curve["nodes"] > 0].groupby(["circuit", "nodes"], sort=False)["left"]
+    shown = kept.agg(left="mean", left_low="min", left_high="max").reset_index()
+    shown = shown.rename(columns={"circuit": "order", "nodes": "k"})
+    return truncation(shown, y="left", title=title).update_xaxes(title="nodes")
 
 
 def trade_off(
