@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilinear_lens.models.transformer import HookedBilinearTransformer, Token
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
 

@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bilinear_lens.analysis.interactions import output_label
 from bilinear_lens.analysis.paths import FrozenRun, Part
-from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
+from bilinear_lens.models.directions import Output
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum
 
 

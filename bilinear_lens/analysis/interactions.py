@@ -14,7 +14,9 @@ from torch import Tensor
 from bilinear_lens.analysis.pairs import Pairs, labelled, top_cross_pairs, top_pairs
 from bilinear_lens.analysis.sources import join, source_basis
 from bilinear_lens.basis import Basis
-from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
+from bilinear_lens.models.directions import Output
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
 

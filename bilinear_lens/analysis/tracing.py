@@ -17,7 +17,9 @@ from bilinear_lens.analysis.nodes import Edge, Node, Place, unit
 from bilinear_lens.analysis.paths import FrozenRun
 from bilinear_lens.analysis.readers import PromptReader, VocabularyReader
 from bilinear_lens.basis import Basis
-from bilinear_lens.models.transformer import HookedBilinearTransformer, Output, Token
+from bilinear_lens.models.directions import Output
+from bilinear_lens.models.transformer import HookedBilinearTransformer
+from bilinear_lens.models.vocabulary import Token
 
 PARALLEL = 0.99
 """Nodes of one place that read directions with at least this cosine are one."""
