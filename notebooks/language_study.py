@@ -17,6 +17,7 @@ which the notebook sums up.
 
 import argparse
 import json
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,9 @@ class Regularised:
         label = f"latent noise {self.noise:g}, weight decay {self.decay:g}"
         folder = models / "regularisers" / f"{self.noise:g}-{self.decay:g}-{self.seed}"
         losses = folder.with_suffix(f"{folder.suffix}.json")
-        if not folder.exists():
+        if not losses.exists():
+            if folder.exists():  # cut off between the two
+                shutil.rmtree(folder)
             results = train_language(
                 folder,
                 text=data / "tinystories/train.txt.gz",

@@ -257,7 +257,7 @@ def test_callback_and_loss_work_in_a_trainer_of_one_s_own(tmp_path):
     assert expected[0] == 1 and (expected[4:] == 0).all()
     for layer in zip(*kept.betas, strict=True):
         torch.testing.assert_close(torch.tensor(layer), expected)
-    assert any("act_fn.scale" in name for name in kept.seen[0])
+    assert any("act_fn.excess" in name for name in kept.seen[0])
     assert not torch.allclose(annealing.mlps[0].annealed.scale, torch.ones(()), atol=1e-5)
     loss.detach()
     annealed = student.eval()(some_tokens()).logits

@@ -289,7 +289,7 @@ def test_16_bits_that_would_lose_small_steps_are_refused():
 def test_scales_learn_beside_weights_of_16_bits():
     model = random_model(gated("llama")).bfloat16()
     annealing = GateAnnealing(model, share=1.0, learn_scale=True)
-    optimizer = torch.optim.SGD([mlp.annealed.scale for mlp in annealing.mlps], lr=1e-4)
+    optimizer = torch.optim.SGD([mlp.annealed.excess for mlp in annealing.mlps], lr=1e-4)
     model(some_tokens(), labels=some_tokens()).loss.backward()
     optimizer.step()
     assert all((mlp.annealed.scale != 1).any() for mlp in annealing.mlps)
@@ -315,7 +315,7 @@ def test_a_folded_model_is_a_stock_one_that_computes_the_same(name, tmp_path):
     annealing.set(1.0)
     generator = torch.Generator().manual_seed(4)
     for mlp in annealing.mlps:
-        mlp.annealed.scale.data = 0.5 + torch.rand(D_MLP, generator=generator)
+        mlp.annealed.excess.data = torch.rand(D_MLP, generator=generator) - 0.5
     outer = [mlp.module for mlp in annealing.mlps]
     with recorded(outer, before=False) as written:
         expected = logits(model)
@@ -349,8 +349,13 @@ def test_scales_are_trained_only_when_asked():
         model = random_model(gated("llama"))
         mlps = anneal_gates(model, learn_scale=learn_scale)
         model(some_tokens(), labels=some_tokens()).loss.backward()
-        scales = [mlp.annealed.scale for mlp in mlps]
+        scales = [mlp.annealed.excess for mlp in mlps]
         assert all((scale.grad is not None) == learn_scale for scale in scales)
+    (gate, *_) = (mlp.annealed for mlp in mlps)
+    gate.excess.data.fill_(0.5)
+    gate.excess.grad = torch.zeros_like(gate.excess)
+    torch.optim.SGD([gate.excess], lr=0.1, weight_decay=1.0).step()
+    torch.testing.assert_close(gate.scale.detach(), torch.full((D_MLP,), 1.45))  # drawn to 1
     with pytest.raises(ValueError, match="layer 0 has beta 1;"):
         fold_gates(model, mlps)
 

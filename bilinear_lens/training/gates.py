@@ -67,19 +67,24 @@ class AnnealedGate(nn.Module):
     """
 
     beta: Tensor
-    scale: Tensor
+    excess: Tensor
 
     def __init__(self, activation: str, d_mlp: int, *, learn_scale: bool) -> None:
         super().__init__()
         self.family = FAMILIES[activation]
         self.learn_scale = learn_scale
-        # in float32 beside weights of 16 bits, which could not hold its steps
+        # of the scale over 1, to which weight decay then draws it; in float32 beside weights of 16
+        # bits, which could not hold its steps
         if learn_scale:
-            self.scale = nn.Parameter(torch.ones(d_mlp))
+            self.excess = nn.Parameter(torch.zeros(d_mlp))
         else:
-            self.register_buffer("scale", torch.ones(d_mlp))
+            self.register_buffer("excess", torch.zeros(d_mlp))
         self.register_buffer("beta", torch.ones(()))  # in checkpoints, so that a run resumes
         self._linear = False  # known here, so that a linear gate costs no more than one
+
+    @property
+    def scale(self) -> Float[Tensor, " d_mlp"]:
+        return 1 + self.excess
 
     def set(self, beta: float) -> None:
         """Set beta."""
