@@ -68,7 +68,7 @@ def test_the_card_says_how_it_was_made_and_what_it_cost(converted):
     assert f"{summary.loc['bilinearized', 'cost']:+.4f} ±" in card
 
 
-def test_the_card_warns_where_training_on_made_the_original_worse(converted):
+def test_the_card_names_a_base_model_and_warns_where_training_on_made_it_worse(converted):
     study = pd.read_csv(converted[0] / "study.csv")
     options: dict[str, Any] = {
         "source": "a model",
@@ -84,6 +84,10 @@ def test_the_card_warns_where_training_on_made_the_original_worse(converted):
         changed = study.assign(loss=[found.get(method, 2.0) for method in study["method"]])
         card = bilinearized.bilinearized_card("name", study=changed, **options)
         assert ("is +0.2500 from the original" in " ".join(card.split())) == warns
+        assert "base_model" not in card
+    from_hub = {**options, "source": "someone/a-model"}
+    card = bilinearized.bilinearized_card("name", study=study, **from_hub)
+    assert "base_model: someone/a-model\n---\n" in card
 
 
 def test_what_is_bilinear_already_stays_as_it_is(texts, tmp_path):

@@ -150,7 +150,11 @@ def bilinearized_card(
     data: str,
     command: str | None,
 ) -> str:
-    """A Hugging Face model card in Markdown: how the model was made, and what it cost."""
+    """A Hugging Face model card in Markdown: how the model was made, and what it cost.
+
+    Args:
+        source: a Hub id, which the card then names as its base model, or another name.
+    """
     summary = summarize_study(study)
     ours = study[study["method"] == METHODS[0]].iloc[0]
     rows = "\n".join(
@@ -163,12 +167,13 @@ def bilinearized_card(
     options = ", ".join(f"{key} {value}" for key, value in chosen.items())
     n_tokens = int(ours["steps"]) * args.train_batch_size * args.world_size * n_ctx
     n_tokens *= args.gradient_accumulation_steps
+    base = f"base_model: {source}\n" if "/" in source else ""  # a folder is shown by its name
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [bilinear, interpretability]
----
+{base}---
 # {name}
 
 {source}, whose gated MLPs were made bilinear by finetuning: a stock model with a linear gate.
