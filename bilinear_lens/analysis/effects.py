@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from bilinear_lens.analysis.ablation import text_windows
 from bilinear_lens.analysis.circuits import Circuit
@@ -191,19 +193,16 @@ class _Restricted:
         of text but the first, with a change of an activation."""
         model, root = self.run.model, self.circuit.found[0]
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        factors: list[Tensor] = []
-
-        def add(activation: Tensor, hook: object) -> Tensor:
-            return activation + change
-
-        hooks = [
-            (last, lambda stream, hook: factors.append(stream @ root.reads)),
-            ("ln_final.hook_scale", lambda scale, hook: factors.append(1 / scale[..., 0])),
-        ]
-        if name:
-            hooks = [(name, add), *hooks]
-        model.run_with_hooks(self.run.tokens, fwd_hooks=hooks, return_type=None)
-        along, position = torch.stack(factors).prod(0), root.place.position
+        if name in ("", last):
+            stream = self.run.cache[last] + change
+        else:
+            hooks = [(name, lambda activation, hook: activation + change), (last, _stop)]
+            stream = model.run_with_hooks(self.run.tokens, fwd_hooks=hooks, return_type=None)
+        scales: list[Tensor] = []
+        keep = [("ln_final.hook_scale", lambda scale, hook: scales.append(scale[..., 0]))]
+        with model.hooks(fwd_hooks=keep):
+            model.ln_final(stream.to(model.cfg.dtype))
+        along, position = stream @ root.reads / scales[0], root.place.position
         return along[:, 1:].flatten() if position is None else along[:, position]
 
     def without(self, each: Node | Edge) -> tuple[str, Tensor]:
@@ -277,6 +276,11 @@ class _Restricted:
     def _needed_means(self) -> _Means:
         assert self.means is not None
         return self.means
+
+
+def _stop(stream: Tensor, hook: object) -> NoReturn:
+    """The run ends here and gives the stream: logits would cost as much again."""
+    raise StopAtLayerException(stream)
 
 
 def _stream_after(node: Node) -> str:
