@@ -140,7 +140,9 @@ def circuit_page(
     """
     nodes = [("traced", circuit), *(("random", each) for each in random)]
     points = pd.concat(
-        each.nodes.iloc[1:].assign(group=name).rename(columns={"node": "label"})
+        each.nodes.iloc[1:]
+        .assign(group=name)
+        .rename(columns={"node": "label", "score": "predicted"})
         for name, each in nodes
     )
     ours, theirs = circuit.correlation, pd.DataFrame([each.correlation for each in random]).mean()
@@ -152,16 +154,20 @@ def circuit_page(
         sections=[
             Section(
                 "Circuit",
-                "Point at a node for what it reads, click it for the paths through it.",
+                "Point at a node for what it reads, click it for the paths through it; what "
+                "carries more is drawn thicker. e0 is an MLP's first eigenvector, for the "
+                "direction that is read above; L0H3 a head; #2 another direction at the place.",
                 graphs.circuit(circuit.nodes, circuit.edges),
             ),
             Section(
                 "Predicted and measured",
                 "For each node the predicted share of the output, and what the running model loses "
                 f"without it{'' if circuit.prompt else f', on {source}'}; beside it, random nodes. "
-                f"They correlate {ours['nodes']:.2f} (random: {theirs['nodes']:.2f}); of edges, "
-                f"{ours['edges']:.2f} ({theirs['edges']:.2f}).",
-                measures.trade_off(points, x="score", y="measured"),
+                f"They correlate {ours['nodes']:.2f} (random: {theirs['nodes']:.2f}), by rank "
+                f"{ours['nodes, ranks']:.2f} ({theirs['nodes, ranks']:.2f}); edges "
+                f"{ours['edges']:.2f} ({theirs['edges']:.2f}), by rank "
+                f"{ours['edges, ranks']:.2f} ({theirs['edges, ranks']:.2f}).",
+                measures.trade_off(points, x="predicted", y="measured"),
             ),
             Section(
                 "Faithfulness",

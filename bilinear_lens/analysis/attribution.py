@@ -52,6 +52,10 @@ class Attribution:
         error = self.activations.sum(-1) + self.rest - self.written
         return (error.abs().max() / self.written.abs().max()).item()
 
+    def __repr__(self) -> str:
+        title = f"What layer {self.layer} wrote along {self.output}: {len(self.tokens)} prompt(s)"
+        return f"{title}; the first:\n{self.products(8).to_string(index=False)}"
+
     def label(self, part: Part, prompt: int = 0) -> str:
         """A part by name: `' girl' via L0H3`."""
         if part.position is None:

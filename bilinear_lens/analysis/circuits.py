@@ -72,7 +72,8 @@ class Circuit:
             }
             for name, node, (most, least) in zip(self.names, self.found, self.tokens, strict=True)
         ]
-        return _measured(pd.DataFrame(rows), self.node_effects)
+        whole = dict.fromkeys(("head", "eigenvector", "position"), "Int64")  # not all have them
+        return _measured(pd.DataFrame(rows).astype(whole), self.node_effects)
 
     def _token(self, node: Node) -> str | None:
         position = node.place.position
@@ -102,7 +103,8 @@ class Circuit:
 
     @property
     def correlation(self) -> pd.Series:
-        """Of predicted with measured effects: entries `nodes`, below the output, and `edges`.
+        """Of predicted with measured effects: entries `nodes`, below the output, `edges`, and of
+        their ranks, which few large ones do not decide, `nodes, ranks` and `edges, ranks`.
 
         Raises:
             ValueError: if they were not measured.
@@ -110,6 +112,8 @@ class Circuit:
         if self.node_effects is None:
             raise ValueError("No effect was measured: measure_effects(model, circuit) does that.")
         tables = {"nodes": self.nodes.iloc[1:], "edges": self.edges}
+        tables = {name: table[["score", "measured"]] for name, table in tables.items()}
+        tables |= {f"{name}, ranks": table.rank() for name, table in tables.items()}
         return pd.Series({name: t["score"].corr(t["measured"]) for name, t in tables.items()})
 
     def top(self, n: int) -> "Circuit":
@@ -206,6 +210,7 @@ class Circuit:
             save_file(tensors, part, {_FORMAT: json.dumps(plain)})
             part.replace(path)
         except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
             raise ValueError(f"Cannot write {path}: {error}. Name a file in a folder.") from error
 
     @classmethod
@@ -217,7 +222,10 @@ class Circuit:
         """
         try:
             with safe_open(path, "pt") as file:
-                plain = json.loads((file.metadata() or {})[_FORMAT])
+                said = (file.metadata() or {}).get(_FORMAT)
+                if said is None:
+                    raise ValueError(f"it has no {_FORMAT!r} in its metadata")
+                plain = json.loads(said)
                 reads, scores, edges = (file.get_tensor(n) for n in ("reads", "scores", "edges"))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no circuit that `Circuit.save` wrote: {error}") from error
@@ -249,6 +257,12 @@ class Circuit:
             self.nodes, self.edges, model=self.model, title=self.title, prompt=self.prompt_tokens
         )
         return json.dumps(graph, indent=1)
+
+    def __repr__(self) -> str:
+        nodes = self.nodes[["node", "token", "score", "reads_most", "reads_least"]]
+        words = {end: list(map(" ".join, nodes[end])) for end in ("reads_most", "reads_least")}
+        shown = nodes.assign(**words).round({"score": 4}).fillna("")
+        return f"{self.title}\n{shown.to_string(max_rows=20, index=False)}"
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.title)}</p>{self.nodes.to_html(max_rows=20)}"

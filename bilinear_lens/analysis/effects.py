@@ -50,7 +50,8 @@ def measure_effects(
         The circuit with columns `measured` in its nodes and edges, beside the predicted `score`.
 
     Raises:
-        ValueError: if the circuit is of another model, or from weights and there is no text.
+        ValueError: if the circuit is of another model, or from weights and there is no text, or
+            less than a window.
     """
     circuit.check_model(model)
     runs = _runs(model, circuit, text, window)
@@ -103,7 +104,7 @@ def faithfulness(
         of the variance that all nodes make.
 
     Raises:
-        ValueError: if a circuit is of another model, or there is no text.
+        ValueError: if a circuit is of another model, or there is no text, or less than a window.
     """
     reference = _runs(model, None, text, window)
     rows = []
@@ -139,6 +140,8 @@ def _runs(
 ) -> list[FrozenRun]:
     if circuit is not None and circuit.prompt is not None:
         return [FrozenRun(model, torch.tensor([circuit.prompt], device=model.cfg.device))]
+    if window < 2:
+        raise ValueError(f"window={window} must be at least 2 tokens: the first is not counted.")
     windows = text_windows(model, text, n_tokens=min(window, model.cfg.n_ctx))
     return [FrozenRun(model, batch) for batch in windows.split(max(1, BATCH // windows.shape[1]))]
 

@@ -169,6 +169,8 @@ def interactions(
     Raises:
         ValueError: if the output, layer or a source is unknown, or k or n_tokens is out of range.
     """
+    if isinstance(sources, str) or not all(isinstance(each, str) for each in sources):
+        raise ValueError(f"sources={sources!r} must be a list of names: ['embedding', 'L0H3'].")
     tensor = model.bilinear_tensor(layer)
     direction = model.output_direction(output, contrast, layer=layer)
     bases = [source_basis(model, source, layer=layer) for source in sources]

@@ -100,7 +100,8 @@ class PromptReader:
 
     They are exact, sum to 1 with those of biases, and may be negative. A head stands once for each
     position that it reads. An eigenvector adds the square of what it reads, of which a part that
-    carries a share of the reading is given that share: `vector . part` times `vector . x`.
+    carries a share of the reading is given that share: `vector . part` times `vector . x`. Heads
+    and eigenvectors read directions along which the prompt's activation is positive.
     """
 
     run: FrozenRun
@@ -128,10 +129,13 @@ class PromptReader:
             reads = head_reads(self.model, layer, d)
             for head, read in enumerate(reads):
                 node, length = unit(Place("head", layer, head), read)
-                written = length * self.run.carried(node, self.run.reading(node))[0, here]
-                for position, part in enumerate((written[: here + 1] / whole).tolist()):
-                    lower = Node(replace(node.place, position=position), node.reads)
-                    yield Edge(lower, upper, length, part)
+                reading = self.run.reading(node)
+                shares = length * self.run.carried(node, reading)[0, here] / whole
+                signs = 1 - 2 * (reading[0] < 0).float()
+                for position in range(here + 1):
+                    sign, place = signs[position].item(), replace(node.place, position=position)
+                    lower = Node(place, sign * node.reads)
+                    yield Edge(lower, upper, sign * length, shares[position].item())
         for layer in range(at.layer):
             along = d * into_stream(self.model, layer, "mlp")
             x = self.run.cache[f"blocks.{layer}.mlp.hook_in"][0, here]
@@ -150,6 +154,8 @@ class PromptReader:
         whole = self.run.whole(mlp.upper)[0, here].item()
         for i in adds.abs().topk(min(k, spectrum.k)).indices.tolist():
             node, factor = _eigenvector(self.model, mlp, spectrum, i)
+            if self.run.whole(node)[0, here] < 0:  # it squares what it reads
+                node = replace(node, reads=-node.reads, constant=-node.constant)
             yield Edge(node, mlp.upper, spectrum.values[i].item() * factor, adds[i].item() / whole)
 
 

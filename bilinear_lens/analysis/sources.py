@@ -38,8 +38,8 @@ def source_basis(model: HookedBilinearTransformer, source: str, *, layer: int) -
         at, number = map(int, head.groups())
         if at > layer or number >= model.cfg.n_heads:
             raise ValueError(
-                f"source={source!r} does not reach layer {layer}'s MLP: heads L0H0 to "
-                f"L{layer}H{model.cfg.n_heads - 1} do."
+                f"source={source!r} does not reach layer {layer}'s MLP: heads 0 to "
+                f"{model.cfg.n_heads - 1} of layers 0 to {layer} do."
             )
         rows = model.token_directions(range(model.cfg.d_vocab)) @ model.head_weight(at, number)
         rows = rows * into_stream(model, at, "attn")

@@ -2,7 +2,9 @@
 
 import heapq
 import random as shuffling
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 from typing import Literal
 
@@ -24,6 +26,9 @@ from bilinear_lens.models.vocabulary import Token
 PARALLEL = 0.99
 """Nodes of one place that read directions with at least this cosine are one."""
 
+LARGE = 20.0
+"""Shares above this are of something that is nearly zero."""
+
 N_TOKENS = 5
 """Listed at each end of what a node reads."""
 
@@ -33,7 +38,7 @@ def trace(
     model: HookedBilinearTransformer,
     output: Output,
     *,
-    prompt: str | Int[Tensor, " pos"] | None = None,
+    prompt: str | Sequence[int] | Int[Tensor, "*one pos"] | None = None,
     layer: int | None = None,
     width: int = 8,
     depth: int = 4,
@@ -43,10 +48,10 @@ def trace(
     """Follow an output down through eigenvectors and heads to tokens, by beam search.
 
     Args:
-        prompt: take the shares on this text, or these token ids, at whose end the output is
-            written, with attention patterns and norm scales held: they are exact, and sum to 1
-            (`PromptReader`). Without, they are of variances over the vocabulary, from weights alone
-            (`VocabularyReader`).
+        prompt: take the shares on this text, or these token ids (`[pos]`, or `[1, pos]` as
+            `to_tokens` gives them), at whose end the output is written, with attention patterns and
+            norm scales held: they are exact, and sum to 1 (`PromptReader`). Without, they are of
+            variances over the vocabulary, from weights alone (`VocabularyReader`).
         layer: of the MLP whose eigenvectors are the first step; None takes all that writes to the
             residual stream.
         width: how many nodes are found at each step.
@@ -69,10 +74,7 @@ def trace(
     if layer is not None:
         model.bilinear_tensor(layer)
     direction = model.output_direction(output, contrast)
-    ids = None
-    if prompt is not None:
-        tokens = model.to_tokens(prompt)[0] if isinstance(prompt, str) else prompt
-        ids = tokens.tolist()
+    ids = None if prompt is None else _ids(model, prompt)
     reader: VocabularyReader | PromptReader
     if ids is None:
         _check_no_norms_after(model)
@@ -83,6 +85,12 @@ def trace(
     root, _ = unit(Place("output", model.cfg.n_layers, position=position), direction)
     root.score = 1.0
     found, links = _search(reader, root, layer, width, depth, random)
+    if random is None and max((abs(edge.share) for edge in links), default=0.0) > LARGE:
+        warnings.warn(
+            "Parts of what a node reads cancel, so that some shares are far above 1: of what is "
+            "nearly zero on this prompt, they say little.",
+            stacklevel=3,  # past the decorator
+        )
     basis = model.token_basis()
     label = output_label(model, output, contrast)
     return Circuit(
@@ -97,6 +105,22 @@ def trace(
         names=_names(label, found),
         tokens=[_ends(node, basis) for node in found],
     )
+
+
+def _ids(
+    model: HookedBilinearTransformer, prompt: str | Sequence[int] | Int[Tensor, "*one pos"]
+) -> list[int]:
+    if isinstance(prompt, str):
+        return model.to_tokens(prompt)[0].tolist()
+    tokens = torch.as_tensor(prompt)
+    if tokens.ndim == 2 and len(tokens) == 1:
+        tokens = tokens[0]
+    if tokens.ndim != 1 or tokens.is_floating_point():
+        raise ValueError(
+            f"prompt is {tokens.dtype} of shape {list(tokens.shape)}; give a text, or the token "
+            "ids of one, [pos] or [1, pos]."
+        )
+    return tokens.tolist()
 
 
 def _check_no_norms_after(model: HookedBilinearTransformer) -> None:

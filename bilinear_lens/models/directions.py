@@ -38,14 +38,17 @@ class DirectionsBridge(TransformerBridge):
         architecture norms what an MLP writes (Gemma 2 and 3, OLMo 2): see `output_direction`.
 
         Raises:
-            ValueError: if there is no such layer.
+            ValueError: if there is no such layer, or its weights are not finite.
         """
         if not 0 <= layer < self.cfg.n_layers:
             raise ValueError(
                 f"layer={layer} must be between 0 and {self.cfg.n_layers - 1}: "
                 f"this model has {self.cfg.n_layers}."
             )
-        return self.blocks[layer].mlp.bilinear_tensor()
+        try:
+            return self.blocks[layer].mlp.bilinear_tensor()
+        except ValueError as error:
+            raise ValueError(f"Layer {layer}: {error}") from error
 
     def output_direction(
         self,

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from keyword import iskeyword
 from pathlib import Path
 from typing import Literal
 
@@ -125,7 +126,7 @@ class HookedBilinearTransformer(DirectionsBridge):
         config = build_bridge_config_from_hf(
             model.config,
             architecture,
-            name or model.config.name_or_path or architecture,
+            name or Path(model.config.name_or_path or "").name or architecture,
             model.dtype,
         )
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
@@ -213,7 +214,7 @@ class HookedBilinearTransformer(DirectionsBridge):
                 direction is a combination of the others.
         """
         tensor, eigen = self.bilinear_tensor(layer), self.blocks[layer].mlp.eigen
-        if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        if not str(name).isidentifier() or iskeyword(name) or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"name={name!r} must be a Python name, such as 'she'.")
         if name in eigen:
             raise ValueError(

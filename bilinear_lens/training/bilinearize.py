@@ -170,6 +170,8 @@ def bilinearize(
     if loss:
         loss.detach()
     bilinear = annealing.fold(trained).eval()
+    if name := Path(model.config.name_or_path or "").name:
+        bilinear.config.name_or_path = f"{name}-bilinear"
     for ours, theirs in zip(bilinear.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
     return bilinear

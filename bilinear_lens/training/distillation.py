@@ -16,8 +16,9 @@ class DistillationLoss(TrainerCallback):
     """KL divergence from a frozen teacher's next-token predictions, mixed with the usual loss.
 
     Give it to `Trainer(compute_loss_func=..., callbacks=[...])`, the same object twice: as a
-    callback it lets its weight fall by the step. A hook on the student sees what it reads, so
-    the teacher reads the same.
+    callback it lets its weight fall by the step, and logs both losses apart, in nats per token:
+    `language_loss`, and `divergence` from the teacher. A hook on the student sees what it reads,
+    so the teacher reads the same.
 
     Args:
         student: the model that is trained.
@@ -52,10 +53,17 @@ class DistillationLoss(TrainerCallback):
         self.start, self.end = weight, weight if end is None else end
         self.weight = weight
         self._inputs: dict[str, Any] = {}
+        self._seen: list[Tensor] = []
         self._hook = student.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.weight = self.start + (self.end - self.start) * state.global_step / state.max_steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self._seen and logs is not None and "loss" in logs:
+            language, divergence, n = torch.stack(self._seen).sum(0).tolist()
+            logs |= {"language_loss": language / n, "divergence": divergence / n}
+            self._seen.clear()
 
     def detach(self) -> None:
         """Take the hook off the student."""
@@ -88,11 +96,15 @@ class DistillationLoss(TrainerCallback):
         theirs = self._teach(outputs.logits.device) if weight else outputs.logits
         # one text at a time, computed again on the way back: at most one in float32
         losses = [
-            checkpoint(_loss, *text, weight, use_reentrant=False)
+            checkpoint(_losses, *text, distilled=weight > 0, use_reentrant=False)
             for text in zip(outputs.logits[:, :-1], theirs[:, :-1], targets, strict=True)
         ]
-        n = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return torch.stack(losses).sum() / n
+        language, divergence = torch.stack(losses).sum(0)
+        counted = (targets != IGNORED).sum()
+        if weight:
+            self._seen.append(torch.stack([language, divergence, counted]).detach())
+        n = counted if num_items_in_batch is None else num_items_in_batch
+        return ((1 - weight) * language + weight * divergence) / n
 
     @torch.no_grad()
     def _teach(self, device: torch.device) -> Tensor:
@@ -105,17 +117,15 @@ class DistillationLoss(TrainerCallback):
         return logits
 
 
-def _loss(ours: Tensor, theirs: Tensor, targets: Tensor, weight: float) -> Tensor:
-    """The summed loss of one text, in float32."""
+def _losses(ours: Tensor, theirs: Tensor, targets: Tensor, *, distilled: bool) -> Tensor:
+    """The summed language-model loss of one text and its divergence, in float32."""
     log_probs = ours.float().log_softmax(-1)
-    loss = (1 - weight) * functional.nll_loss(
-        log_probs, targets, ignore_index=IGNORED, reduction="sum"
-    )
-    if weight:
-        taught = theirs.float().log_softmax(-1)
-        divergence = functional.kl_div(log_probs, taught, reduction="none", log_target=True)
-        loss = loss + weight * divergence.sum(-1).masked_fill(targets == IGNORED, 0.0).sum()
-    return loss
+    language = functional.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="sum")
+    if not distilled:
+        return torch.stack([language, torch.zeros_like(language)])
+    taught = theirs.float().log_softmax(-1)
+    divergence = functional.kl_div(log_probs, taught, reduction="none", log_target=True)
+    return torch.stack([language, divergence.sum(-1).masked_fill(targets == IGNORED, 0.0).sum()])
 
 
 def check_weights(start: float, end: float) -> None:

@@ -39,9 +39,14 @@ def as_windows(
         dataset: as for `bilinearize`.
 
     Raises:
-        ValueError: if there are no windows, they are longer than the model's context, or the
-            tokens are not the model's.
+        ValueError: if it is no dataset, there are no windows, they are longer than the model's
+            context, or the tokens are not the model's.
     """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"Text must come as a dataset, not a {type(dataset).__name__}: bl.load_text(files), or "
+            "Dataset.from_dict({'text': documents})."
+        )
     config = model.config.get_text_config()
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if "input_ids" in columns:

@@ -32,8 +32,8 @@ _ACROSS = 6
 _WIDTH, _HEIGHT = 126, 42
 _BESIDE, _BELOW, _BETWEEN = 20, 28, 52
 """Space between nodes, between rows of a layer, and between layers."""
-_NAMES = 80
-"""For the layers' names at the left."""
+_NAMES = 84
+"""For the layers' names at the left, which do not scroll."""
 _NOTE = 200
 """A node with its note is at most this high."""
 
@@ -47,11 +47,15 @@ _STYLE = """
 .bl-circuit .key i {
   display: inline-block; width: 1.6em; height: 4px; margin: 0 .4em .2em .8em; border-radius: 2px;
 }
-.bl-circuit .view { overflow-x: auto; margin: .5em 0; }
+.bl-circuit .frame { display: flex; margin: .5em 0; }
+.bl-circuit .names { position: relative; flex: 0 0 @namespx; }
+.bl-circuit .names > * { position: absolute; }
+@media (max-width: 480px) { .bl-circuit .names { display: none; } }
+.bl-circuit .view { overflow-x: auto; flex: 1; min-width: 0; }
 .bl-circuit .canvas { position: relative; }
 .bl-circuit .canvas > * { position: absolute; }
 .bl-circuit svg { inset: 0; width: 100%; height: 100%; }
-.bl-circuit .layer { left: 0; font-size: 12px; opacity: .8; }
+.bl-circuit .layer { font-size: 12px; opacity: .8; }
 .bl-circuit .node {
   box-sizing: border-box; margin: 0; padding: 0 6px; border: 1.5px solid; border-radius: 7px;
   font: inherit; font-size: 12px; color: inherit; cursor: pointer;
@@ -73,7 +77,7 @@ _STYLE = """
 .bl-circuit .node:is(:hover, :focus-visible) > .note { display: block; }
 .bl-circuit .faint:not(:hover, :focus-visible) { opacity: .12; }
 .bl-circuit .gone { display: none; }
-""".replace("@grey", GREY)
+""".replace("@grey", GREY).replace("@names", str(_NAMES))
 
 _SCRIPT = """
 for (const root of document.querySelectorAll('.bl-circuit:not([data-ready])')) {
@@ -186,9 +190,9 @@ def circuit(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str = "") -> Fra
         f"{caption}<label>Hide what carries less than "
         f'<input type="range" min="0" max="100" value="0" data-most="{most:.6g}"> '
         f"<span><output>0 %</output> of the output</span>{_key(lines)}</label>"
-        '<div class="view">'
-        f'<div class="canvas" style="width:{width}px;height:{height}px">{names}'
-        f'<svg fill="none">{drawn}</svg>{buttons}</div></div><script>{_SCRIPT}</script></div>'
+        f'<div class="frame"><div class="names">{names}</div><div class="view">'
+        f'<div class="canvas" style="width:{width}px;height:{height}px">'
+        f'<svg fill="none">{drawn}</svg>{buttons}</div></div></div><script>{_SCRIPT}</script></div>'
     )
 
 
@@ -196,7 +200,7 @@ def _key(lines: list[dict[str, Any]]) -> str:
     """What the colours say, where there are two."""
     if all(line["score"] >= 0 for line in lines):
         return ""
-    names = {POSITIVE: "raises the output", NEGATIVE: "lowers it"}
+    names = {POSITIVE: "with the output's sign", NEGATIVE: "against it"}
     marks = (f'<i style="background:{rgba(colour)}"></i>{name}' for colour, name in names.items())
     return f'<span class="key">{"".join(marks)}</span>'
 
@@ -229,7 +233,7 @@ def _rows(boxes: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[_Row
         for i in range(n_rows):
             part = layer[i::n_rows]  # neighbours stand above each other
             first = (across - len(part)) // 2  # all gaps stand above each other
-            lefts = [_NAMES + _BESIDE + (first + j) * (_WIDTH + _BESIDE) for j in range(len(part))]
+            lefts = [_BESIDE + (first + j) * (_WIDTH + _BESIDE) for j in range(len(part))]
             rows.append((y, {box["node"]: left for box, left in zip(part, lefts, strict=True)}))
             x |= rows[-1][1]
             y += _HEIGHT + _BELOW
@@ -271,7 +275,7 @@ def _way(lower: tuple[int, int], upper: tuple[int, int], rows: list[_Row]) -> st
 def _beside(x: int, lefts: list[int]) -> int:
     """The nearest place where an edge does not run behind a node."""
     margin = 5  # half of the thickest edge, and a little
-    starts = [_NAMES, *(left + _WIDTH + margin for left in lefts)]
+    starts = [0, *(left + _WIDTH + margin for left in lefts)]
     ends = [*(left - margin for left in lefts), max(x, starts[-1])]
     gaps = zip(starts, ends, strict=True)
     return min((min(max(x, start), end) for start, end in gaps), key=lambda at: abs(at - x))
@@ -287,7 +291,9 @@ def _stroke(score: float, most: float) -> str:
 
 def _button(number: int, box: Mapping[str, Any], x: int, y: int, height: int) -> str:
     colour, share = _colour(box["score"]), min(abs(box["score"]), 1.0)
-    reads = [box["token"]] if _known(box["token"]) else box["reads_most"]
+    reads = box["reads_most"]
+    if _known(box["token"]):
+        reads = [box["token"], *(["·", *reads] if reads else [])]
     over = "" if y + _NOTE <= height else " over"
     return (
         f'<button type="button" class="node" data-node="{number}" data-score="{box["score"]:.6g}" '
