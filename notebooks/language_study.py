@@ -52,7 +52,7 @@ SMALL |= {"tokens": 1_000_000, "batch_size": 8, "learning_rate": 4e-3}
 STUDIES = ["recipes", "conversion", "twin", "long", "reading", "regularisers"]
 KEYS = ["study", "model", "label", "method", "budget", "seed", "layer", "quantity"]
 
-FREQUENT, WORDS = 200, 6
+FREQUENT, WORDS = 200, 4
 """Tokens for the correlation with bigrams; words to ablate."""
 
 PLAIN = {"anneal": 0.0, "least_squares": False, "distill": 0.0}
@@ -189,7 +189,7 @@ class Reading:
             for layer in range(model.cfg.n_layers)
             for quantity, value in {
                 **bigram_correlation(model, windows, layer),
-                **ablation_effects(model, stories[:30], windows, layer),
+                **ablation_effects(model, stories[:20], windows, layer),
             }.items()
         ]
         return pd.concat([rows, pd.DataFrame(checks)]).assign(

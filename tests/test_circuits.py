@@ -18,6 +18,14 @@ from bilinear_lens.analysis.paths import FrozenRun
 from bilinear_lens.analysis.readers import PromptReader, VocabularyReader
 
 PROMPT = "Once upon a time there was a little girl"
+TINY: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_act": "linear",
+}
 
 
 @cache
@@ -86,33 +94,109 @@ def test_shares_without_a_part_do_not_sum_to_one():
     assert sum(edge.share for edge in edges if edge is not largest) < 0.5
 
 
-def test_shares_over_the_vocabulary_are_those_of_random_tokens():
+@pytest.mark.parametrize("name", ["tinystories-1l", "llama-biases"])
+def test_shares_over_the_vocabulary_are_those_of_random_tokens(name):
     """A plain computation, on tokens drawn from the Gaussian that the reader assumes."""
-    hooked = model()
-    reader = VocabularyReader(hooked)
-    upper, _ = unit(Place("output", 1), hooked.output_direction(" named"))
-    edges = list(reader.writers(upper))
-    assert sum(edge.share for edge in edges) == pytest.approx(1, abs=1e-5)
-    tokens = hooked.token_basis().directions
-    embedding = hooked.embed(torch.arange(hooked.cfg.d_vocab)).float() @ upper.reads
-    head = tokens @ hooked.head_weight(0, 5) @ upper.reads
-    variances = {edge.lower.name: edge.share for edge in edges if edge.lower.place.kind != "MLP"}
-    ratio = variances["L0H5"] / variances["embedding"]
-    assert ratio == pytest.approx((head.var() / embedding.var()).item(), rel=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(200_000, len(reader.covariance), generator=generator)
-    x = draws @ torch.linalg.cholesky(reader.covariance.double()).float().mT
-    (mlp,) = (edge for edge in edges if edge.lower.place.kind == "MLP")
-    written = hooked.bilinear_tensor(0)(x) @ upper.reads
-    assert mlp.share / variances["embedding"] == pytest.approx(
-        (written.var() / embedding.var()).item(), rel=0.03
+    built_in = name.startswith("tiny")
+    hooked = (
+        model(name)
+        if built_in
+        else bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS[name]))
     )
-    first = reader.eigenvectors(mlp, 3)
-    for edge in first:
-        adds = edge.weight * (x @ edge.lower.reads) ** 2
-        assert edge.share / mlp.share == pytest.approx(
-            (adds.var() / written.var()).item(), rel=0.05
-        )
+    reader, d_model, n_layers = VocabularyReader(hooked), hooked.cfg.d_model, hooked.cfg.n_layers
+    generator = torch.Generator().manual_seed(0)
+    along = torch.randn(d_model, generator=generator)
+    upper, _ = unit(Place("output", n_layers), along)
+    edges = list(reader.writers(upper))
+    tokens = hooked.token_basis().directions
+    x = torch.randn(200_000, d_model, generator=generator, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(tokens.mT.cov().double())
+    x = (x @ (vectors * values.clamp(min=0).sqrt()).mT).float() + tokens.mean(0)
+
+    variances, written = {}, {}
+    for edge in edges:
+        at = edge.lower.place
+        if at.kind == "embedding":
+            variances[edge] = (hooked.embed(torch.arange(len(tokens))).float() @ upper.reads).var()
+        elif at.kind == "head":
+            assert at.head is not None
+            reads = hooked.head_weight(at.layer, at.head) @ upper.reads
+            torch.testing.assert_close(edge.weight * edge.lower.reads, reads)
+            variances[edge] = (tokens @ reads).var()
+        else:
+            written[edge] = hooked.bilinear_tensor(at.layer)(x) @ upper.reads
+    total = sum(variances.values()) + sum(each.var() for each in written.values())
+    for edge, variance in variances.items():
+        assert edge.share == pytest.approx((variance / total).item(), rel=0.02)
+    for mlp in written:
+        for edge in reader.eigenvectors(mlp, 3):
+            adds = edge.weight * (x @ edge.lower.reads + edge.lower.constant) ** 2
+            assert edge.share == pytest.approx((adds.var() / total).item(), rel=0.03)
+            assert edge.share < mlp.share  # which bounds them
+
+
+def test_eigenvectors_that_cancel_are_found():
+    """A neuron that takes one token's axis from another's writes little on tokens that have both,
+    and each of its two eigenvectors much."""
+    plain = random_model(LlamaConfig(**TINY))
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            weight.fill_(1.0) if "norm" in name else weight.mul_(1e-3)
+        embedding: Any = plain.get_input_embeddings()
+        embedding.weight[:, :2] += torch.linspace(-1, 1, 40)[:, None]
+        embedding.weight[:, 2] += 2
+        decoder: Any = plain.get_decoder()
+        layer = decoder.layers[0].mlp
+        layer.gate_proj.weight[0, :2] += torch.tensor([1.0, 1.0])
+        layer.up_proj.weight[0, :2] += torch.tensor([1.0, -1.0])
+        layer.down_proj.weight[5, 0] += 1
+    hooked = bl.HookedBilinearTransformer.from_hf(plain)
+    circuit = bl.trace(hooked, torch.eye(16)[5], width=2, depth=1)
+    assert circuit.nodes["kind"].tolist()[1:] == ["eigenvector", "eigenvector"]
+    assert circuit.nodes["score"].iloc[1:].min() > 1  # more than all writers together
+    assert circuit.nodes["eigenvalue"].iloc[1:].prod() < 0
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_search_is_brute_force_without_the_force(prompt):
+    """Three layers, where MLPs are decomposed only if they may be among the best."""
+    plain = random_model(CONFIGS["llama"])
+    with torch.no_grad():  # MLPs that write as much as heads do
+        for name, weight in plain.named_parameters():
+            weight.mul_(8.0 if "down_proj" in name else 1.0)
+    hooked = bl.HookedBilinearTransformer.from_hf(plain)
+    direction = torch.randn(24, generator=torch.Generator().manual_seed(8))
+    tokens = some_tokens()[:1] if prompt else None
+    circuit = bl.trace(hooked, direction, prompt=tokens, width=5, depth=3)
+    reader: Any = VocabularyReader(hooked)
+    if tokens is not None:
+        reader = PromptReader(FrozenRun(hooked, tokens))
+    beam, seen, links = [circuit.found[0]], [circuit.found[0]], []
+    for _ in range(3):
+        edges = [edge for upper in beam for edge in expanded(reader, upper)]
+        edges = [edge for edge in edges if edge.lower.place.kind != "MLP" and edge.share]
+        beam = []
+        for edge in sorted(edges, key=lambda edge: -abs(edge.score)):
+            if len(beam) == 5:
+                break
+            at, same = edge.lower.place, None
+            for node in seen:
+                cosine = abs(node.reads @ edge.lower.reads).item()
+                if node.place == at and (at.kind == "embedding" or cosine >= 0.99):
+                    same = node
+            if same is None:
+                same = edge.lower
+                seen.append(same)
+                beam.append(same)
+            links.append(replace(edge, lower=same))
+        for node in sorted(seen[1:], key=lambda node: node.place.height, reverse=True):
+            node.score = sum(edge.score for edge in links if edge.lower is node)
+        beam = [node for node in beam if node.place.kind != "embedding"]
+    ours = sorted((edge.lower.name, edge.upper.name, edge.share) for edge in circuit.links)
+    theirs = sorted((edge.lower.name, edge.upper.name, edge.share) for edge in links)
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-4)
+    assert len({name for name, *_ in ours if name.startswith("MLP")}) > 3
 
 
 def test_a_trace_is_the_same_each_time_and_random_ones_by_their_seed():
@@ -277,6 +361,23 @@ def test_files_that_are_no_circuits_are_refused(tmp_path):
         bl.Circuit.load(file)
     with pytest.raises(ValueError, match="Cannot write"):
         circuit.save(tmp_path / "nowhere" / "circuit")
+    with pytest.raises(ValueError, match="Cannot write"):
+        circuit.save(tmp_path)
+    assert not tmp_path.with_name(f"{tmp_path.name}.part").exists()
+    changes: list[tuple[dict, str]] = [
+        ({"names": circuit.names[1:]}, "names"),
+        ({"prompt": [1], "prompt_tokens": []}, "prompt"),
+        ({"prompt": [1], "prompt_tokens": ["a"], "found": on_prompt().found}, "."),
+        ({"links": [replace(circuit.links[0], share=float("nan"))]}, "NaN"),
+        ({"node_effects": [1.0]}, "node_effects"),
+    ]
+    for change, message in changes:
+        try:
+            replace(circuit, **change).save(file)
+        except KeyError:
+            continue  # edges of nodes that are not there
+        with pytest.raises(ValueError, match=f"is no circuit.*{message}"):
+            bl.Circuit.load(file)
 
 
 def test_a_circuit_of_another_model_is_refused():
@@ -324,7 +425,10 @@ def test_the_graph_has_what_circuit_tracer_and_neuronpedia_require(make):
     assert all(0 <= node["ctx_idx"] < n_tokens for node in graph["nodes"])
     logits = [node for node in graph["nodes"] if node["feature_type"] == "logit"]
     assert len(logits) == 1 and logits[0]["layer"] == str(model().cfg.n_layers + 1)
-    assert max(node["influence"] for node in graph["nodes"]) == pytest.approx(1)
+    scores = circuit.nodes["score"].abs()
+    for node, score in zip(graph["nodes"], scores, strict=True):  # ties in any order
+        larger, as_large = scores[scores > score].sum() + score, scores[scores >= score].sum()
+        assert larger - 1e-6 <= node["influence"] * scores.sum() <= as_large + 1e-6
 
 
 def test_what_cannot_be_traced_is_refused():

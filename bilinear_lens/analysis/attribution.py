@@ -56,6 +56,10 @@ class Attribution:
         title = f"What layer {self.layer} wrote along {self.output}: {len(self.tokens)} prompt(s)"
         return f"{title}; the first:\n{self.products(8).to_string(index=False)}"
 
+    def _check_prompt(self, prompt: int) -> None:
+        if not 0 <= prompt < len(self.tokens):
+            raise ValueError(f"prompt={prompt} must be between 0 and {len(self.tokens) - 1}.")
+
     def label(self, part: Part, prompt: int = 0) -> str:
         """A part by name: `' girl' via L0H3`."""
         if part.position is None:
@@ -72,7 +76,11 @@ class Attribution:
         Returns:
             Columns `part`, `adds`, the largest magnitude first; `adds` sums to what the
             eigenvectors write.
+
+        Raises:
+            ValueError: if there is no such prompt.
         """
+        self._check_prompt(prompt)
         each, n_tokens = self.projections[prompt], len(self.tokens[prompt])
         adds = (self.spectrum.values * each * each.sum(0)).sum(1)
         order = adds.abs().argsort(descending=True).tolist()
@@ -90,7 +98,13 @@ class Attribution:
 
         Returns:
             Columns `eigenvector`, `part_a`, `part_b`, `adds`: both orders of two parts together.
+
+        Raises:
+            ValueError: if n is less than 1, or there is no such prompt.
         """
+        self._check_prompt(prompt)
+        if n < 1:
+            raise ValueError(f"n={n} must be at least 1.")
         each = self.projections[prompt]
         # no product among the n largest of an eigenvector has a part that ranks below n + 1
         top = each.abs().topk(min(n + 1, len(each)), dim=0).indices
@@ -125,6 +139,9 @@ def attribute(
 
     Attention patterns and norm scales are held at the prompt's values: the rest of what brings
     the input is linear, and the MLP is a product.
+
+    Costs a run with its cache, and of each layer below the values of all heads at all positions,
+    split by what they read: `composed`, by all writers, is so many times as much.
 
     Args:
         prompts: texts, or token ids of equal length.

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from html import escape
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -225,28 +226,18 @@ class Circuit:
                 said = (file.metadata() or {}).get(_FORMAT)
                 if said is None:
                     raise ValueError(f"it has no {_FORMAT!r} in its metadata")
-                plain = json.loads(said)
                 reads, scores, edges = (file.get_tensor(n) for n in ("reads", "scores", "edges"))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return cls(**_parts(json.loads(said), reads, scores, edges))
+        except (
+            OSError,
+            SafetensorError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(f"{path} is no circuit that `Circuit.save` wrote: {error}") from error
-        found = [
-            Node(
-                Place(**{name: each[name] for name in ("kind", "layer", "head", "position")}),
-                vector,
-                each["index"],
-                each["constant"],
-                score,
-            )
-            for each, vector, score in zip(plain.pop("nodes"), reads, scores.tolist(), strict=True)
-        ]
-        links = [
-            Edge(found[int(lower)], found[int(upper)], weight, share)
-            for lower, upper, weight, share in edges.tolist()
-        ]
-        if any(edge.lower.place.height >= edge.upper.place.height for edge in links):
-            raise ValueError(f"{path} holds an edge that does not go up: it is no circuit.")
-        ends = [(most, least) for most, least in plain.pop("tokens")]
-        return cls(**plain, tokens=ends, found=found, links=links)
 
     def to_json(self) -> str:
         """The circuit in the graph schema of circuit-tracer and Neuronpedia.
@@ -273,6 +264,52 @@ class Circuit:
         prompt = "".join(self.prompt_tokens or [])
         where = f"on {prompt!r}" if prompt else "from weights"
         return f"{self.output} in {self.model}, {where}"
+
+
+def _parts(
+    plain: dict[str, Any], reads: torch.Tensor, scores: torch.Tensor, edges: torch.Tensor
+) -> dict[str, Any]:
+    """A circuit's fields, of what a file holds.
+
+    Raises:
+        ValueError: if they contradict each other; others where one is missing.
+    """
+    if not all(tensor.isfinite().all() for tensor in (reads, scores, edges)):
+        raise ValueError("it holds NaN or infinite numbers")
+    found = [
+        Node(
+            Place(**{name: each[name] for name in ("kind", "layer", "head", "position")}),
+            vector,
+            each["index"],
+            each["constant"],
+            score,
+        )
+        for each, vector, score in zip(plain.pop("nodes"), reads, scores.tolist(), strict=True)
+    ]
+    ends = edges[:, :2].long().tolist()
+    if any(not 0 <= end < len(found) for pair in ends for end in pair):
+        raise ValueError("an edge joins a node that is not there")
+    links = [
+        Edge(found[lower], found[upper], weight, share)
+        for (lower, upper), (weight, share) in zip(ends, edges[:, 2:].tolist(), strict=True)
+    ]
+    if any(edge.lower.place.height >= edge.upper.place.height for edge in links):
+        raise ValueError("an edge does not go up")
+    prompt, shown = plain["prompt"] or [], plain["prompt_tokens"] or []
+    if len(prompt) != len(shown) or any(
+        (each.place.position or 0) >= max(1, len(prompt)) for each in found
+    ):
+        raise ValueError("its prompt is not that of its nodes")
+    tokens = [(most, least) for most, least in plain.pop("tokens")]
+    for name, rows, n in (
+        ("names", plain["names"], len(found)),
+        ("tokens", tokens, len(found)),
+        ("node_effects", plain["node_effects"], len(found)),
+        ("edge_effects", plain["edge_effects"], len(links)),
+    ):
+        if rows is not None and len(rows) != n:
+            raise ValueError(f"it has {len(rows)} {name}, and {n} nodes or edges that need one")
+    return {**plain, "tokens": tokens, "found": found, "links": links}
 
 
 def _measured(frame: pd.DataFrame, effects: list[float] | None) -> pd.DataFrame:

@@ -88,8 +88,11 @@ def faithfulness(
     """How much of the output is left when nothing but the circuit writes it.
 
     What a node reads is held at its mean over `text`, but for what the kept nodes write there; one
-    with none below it in the whole circuit reads as it does in the model. The model then
-    runs on from what the output's MLP (of a circuit with a `layer`), or all MLPs and heads, write.
+    with none below it in the whole circuit reads as it does in the model, so that a deeper circuit,
+    which is given less, may leave less. Attention patterns and the scales of the nodes' norms are
+    those of the whole model. What the kept nodes write then stands for what the output's MLP (of a
+    circuit with a `layer`), or all MLPs and heads, write along the output, and the model runs on
+    from there.
 
     Args:
         text: documents, for the means; of a circuit from weights, also what the output is measured
@@ -100,8 +103,8 @@ def faithfulness(
     Returns:
         A row for each number of nodes, kept in the circuit's order: columns `circuit`
         (`traced` or `random`), `draw`, `nodes`, `left`: 1 where the output is as it was, 0 where
-        it is as without any node, by regression over the text's positions; `explained`: the share
-        of the variance that all nodes make.
+        it is as without any node, by regression over the text's positions; `explained`: of the
+        squared difference between the two, the share that is made up.
 
     Raises:
         ValueError: if a circuit is of another model, or there is no text, or less than a window.
@@ -159,7 +162,8 @@ class _Means:
     @classmethod
     def over(cls, runs: Sequence[FrozenRun], circuit: Circuit) -> "_Means":
         def mean(values: Iterable[Tensor]) -> float:
-            return sum(value.mean().item() for value in values) / len(runs)
+            # where outputs are measured: at each position but the first
+            return torch.cat([value[:, 1:].flatten() for value in values]).mean().item()
 
         anywhere = {
             node: replace(node, place=replace(node.place, position=None)) for node in circuit.found
@@ -199,13 +203,17 @@ class _Restricted:
         if name in ("", last):
             stream = self.run.cache[last] + change
         else:
-            hooks = [(name, lambda activation, hook: activation + change), (last, _stop)]
+
+            def move(activation: Tensor, hook: object) -> Tensor:
+                return (activation + change).to(activation)
+
+            hooks = [(name, move), (last, _stop)]
             stream = model.run_with_hooks(self.run.tokens, fwd_hooks=hooks, return_type=None)
         scales: list[Tensor] = []
         keep = [("ln_final.hook_scale", lambda scale, hook: scales.append(scale[..., 0]))]
         with model.hooks(fwd_hooks=keep):
             model.ln_final(stream.to(model.cfg.dtype))
-        along, position = stream @ root.reads / scales[0], root.place.position
+        along, position = stream.float() @ root.reads / scales[0], root.place.position
         return along[:, 1:].flatten() if position is None else along[:, position]
 
     def without(self, each: Node | Edge) -> tuple[str, Tensor]:

@@ -78,6 +78,19 @@ class Edge:
         return self.share * self.upper.score
 
 
+def check_precision(model: HookedBilinearTransformer) -> None:
+    """Refuse weights finer than what circuits are computed in.
+
+    Raises:
+        ValueError: if the model is float64.
+    """
+    if model.cfg.dtype == torch.float64:
+        raise ValueError(
+            f"{model.cfg.model_name} is float64, and circuits are read in float32: load it with "
+            "dtype=torch.float32."
+        )
+
+
 def gain(model: HookedBilinearTransformer, layer: int, norm: str) -> Tensor | float:
     """What a block's norm multiplies by, but for its scale: ones where it is folded or absent."""
     module = getattr(model.blocks[layer], norm, None)
@@ -94,10 +107,9 @@ def head_reads(
     model: HookedBilinearTransformer, layer: int, along: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "head d_model"]:
     """What each head of a layer reads of the residual stream to write along a direction."""
-    attn = model.blocks[layer].attn
-    inner = attn.W_O.float() @ (along * into_stream(model, layer, "attn"))
-    values = attn.W_V.float().repeat_interleave(len(attn.W_O) // len(attn.W_V), dim=0)
-    return (values @ inner[..., None])[..., 0] * gain(model, layer, "ln1")
+    out = model.blocks[layer].attn.W_O.float()
+    inner = out @ (along * into_stream(model, layer, "attn"))
+    return (model.head_values(layer) @ inner[..., None])[..., 0] * gain(model, layer, "ln1")
 
 
 def eigenvector_node(

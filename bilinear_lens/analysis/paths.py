@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
 
-from bilinear_lens.analysis.nodes import Edge, Node, Place, gain, into_stream
+from bilinear_lens.analysis.nodes import Edge, Node, Place, check_precision, gain, into_stream
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 
 
@@ -40,7 +40,8 @@ class FrozenRun:
 
     @cached_property
     def cache(self) -> ActivationCache:
-        """Raises ValueError if an activation is not finite."""
+        """Raises ValueError if the model is float64, or an activation not finite."""
+        check_precision(self.model)
         ends = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_scale", "hook_pattern")
         ends += ("hook_v", "hook_z", "mlp.hook_in", "mlp.hook_out")
         with torch.no_grad():
@@ -131,13 +132,10 @@ class FrozenRun:
         self, layer: int, composed: bool
     ) -> tuple[list[str], Float[Tensor, "batch pos read head d_head"], Tensor | None]:
         """A layer's values, split by the writer of what they were made of, and their bias."""
-        attn = self.model.blocks[layer].attn
-        n_heads = self.model.cfg.n_heads
-        weight = attn.W_V.float().repeat_interleave(n_heads // len(attn.W_V), dim=0)
-        bias = attn.b_V
+        weight, bias = self.model.head_values(layer), self.model.blocks[layer].attn.b_V
         if bias is not None:
             bias = bias.float().view(-1, weight.shape[2])
-            bias = bias.repeat_interleave(n_heads // len(bias), dim=0)
+            bias = bias.repeat_interleave(len(weight) // len(bias), dim=0)
         read, written = self.written(layer, attention=False)
         if not composed:
             rest = written[:, :, 1:].sum(2)

@@ -50,8 +50,9 @@ def trace(
     Args:
         prompt: take the shares on this text, or these token ids (`[pos]`, or `[1, pos]` as
             `to_tokens` gives them), at whose end the output is written, with attention patterns and
-            norm scales held: they are exact, and sum to 1 (`PromptReader`). Without, they are of
-            variances over the vocabulary, from weights alone (`VocabularyReader`).
+            norm scales held: they are exact, and with those of biases sum to 1 (`PromptReader`).
+            Without, they are of variances over the vocabulary, from weights alone
+            (`VocabularyReader`).
         layer: of the MLP whose eigenvectors are the first step; None takes all that writes to the
             residual stream.
         width: how many nodes are found at each step.
@@ -84,7 +85,11 @@ def trace(
         position = len(ids) - 1
     root, _ = unit(Place("output", model.cfg.n_layers, position=position), direction)
     root.score = 1.0
+    label = output_label(model, output, contrast)
     found, links = _search(reader, root, layer, width, depth, random)
+    if not links:
+        where = "" if ids is None else " on this prompt"
+        raise ValueError(f"Nothing writes along {label}{where}: there is no circuit.")
     if random is None and max((abs(edge.share) for edge in links), default=0.0) > LARGE:
         warnings.warn(
             "Parts of what a node reads cancel, so that some shares are far above 1: of what is "
@@ -92,7 +97,6 @@ def trace(
             stacklevel=3,  # past the decorator
         )
     basis = model.token_basis()
-    label = output_label(model, output, contrast)
     return Circuit(
         model=model.cfg.model_name,
         fingerprint=model.fingerprint(),

@@ -13,12 +13,13 @@ from bilinear_lens.cli.lens import check_writable
 from bilinear_lens.cli.options import TokenizerOption
 from bilinear_lens.pages import circuit_page
 from bilinear_lens.training.text import load_text
+from bilinear_lens.views import graphs
 from bilinear_lens.views.report import save_page
 from bilinear_lens.views.style import visible
 
 console = Console(highlight=False)
 
-TEXTS, RANDOM = 20, 5
+TEXTS, RANDOM = 10, 3
 """Documents that a circuit is checked on, and random circuits beside it."""
 
 
@@ -39,7 +40,10 @@ def trace(
     ] = "mean",
     out: Annotated[
         Path | None,
-        typer.Option(help="Also check the circuit on text, and write a page there (.html)."),
+        typer.Option(
+            help="Also check the circuit on text, beside random ones (minutes), and write a page "
+            "there (.html)."
+        ),
     ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Also write the circuit there, for `bl.Circuit.load`.")
@@ -64,31 +68,37 @@ def trace(
             check_writable(file)
     if text is not None and out is None:
         raise ValueError("--text is for the page: give --out, too.")
+    documents = list(load_text(text)["text"]) if text else bl.held_out_stories()
     hooked = bl.HookedBilinearTransformer.from_pretrained(model, tokenizer=tokenizer)
     options = {"prompt": prompt, "layer": layer, "width": width, "depth": depth}
     circuit = bl.trace(hooked, token, contrast=contrast, **options)
+    if out is not None:  # refuses what is too large, before minutes of work
+        graphs.circuit(circuit.nodes, circuit.edges)
     console.print(f"[bold]{escape(circuit.title)}[/]", soft_wrap=True)
-    table = Table("node", "token", "score", "reads most", box=None, header_style="bold")
+    # on a prompt, what it reads is at the end that projects most
+    ends = ["reads_most"] if prompt else ["reads_most", "reads_least"]
+    names = [end.replace("_", " ") for end in ends]
+    table = Table("node", "token", "score", *names, box=None, header_style="bold")
     for row in circuit.nodes.to_dict("records"):
-        reads = " ".join(map(visible, row["reads_most"]))
+        reads = (" ".join(map(visible, row[end])) for end in ends)
         at = "" if row["token"] is None else visible(row["token"])
-        table.add_row(*map(escape, (row["node"], at, f"{row['score']:.4f}", reads)))
+        table.add_row(*map(escape, (row["node"], at, f"{row['score']:.4f}", *reads)))
     console.print(table)
     if save is not None:
         circuit.save(save)
     if graph is not None:
         save_page(graph, circuit.to_json())
     if out is not None:
-        documents = list(load_text(text)["text"]) if text else bl.held_out_stories()
         documents = documents[:TEXTS]
         drawn = [
             bl.trace(hooked, token, contrast=contrast, random=seed, **options)
             for seed in range(RANDOM)
         ]
+        curve = bl.faithfulness(hooked, circuit, documents, random=drawn)
         page = circuit_page(
             bl.measure_effects(hooked, circuit, documents),
             random=[bl.measure_effects(hooked, each, documents) for each in drawn],
-            curve=bl.faithfulness(hooked, circuit, documents, random=drawn),
+            curve=curve,
             source=text.name if text else "held-out TinyStories",
         )
         save_page(out, page)

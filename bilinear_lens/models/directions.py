@@ -138,6 +138,7 @@ class DirectionsBridge(TransformerBridge):
     def token_directions(self, ids: range) -> Float[Tensor, "n d_model"]:
         """The rows of `token_basis` for some ids."""
         self._require_folded()
+        self.norm_gain(self.ln_final)  # refuses norms that do more than scale
         embedding = self.embedded(ids)
         if hasattr(self.blocks[0], "ln2"):
             embedding /= (embedding.square().mean(dim=1, keepdim=True) + self.cfg.eps).sqrt()
@@ -150,11 +151,15 @@ class DirectionsBridge(TransformerBridge):
         return factor * self.embed(torch.tensor(ids, device=self.cfg.device)).float()
 
     @torch.no_grad()
+    def head_values(self, layer: int) -> Float[Tensor, "head d_model d_head"]:
+        """`W_V` of each head, in float32; heads that share it have it each."""
+        values = self.blocks[layer].attn.W_V.float()
+        return values.repeat_interleave(self.cfg.n_heads // len(values), dim=0)
+
+    @torch.no_grad()
     def head_weight(self, layer: int, head: int) -> Float[Tensor, "d_model d_model"]:
         """What a head makes of what it attends to, `x @ W_V @ W_O`, in float32."""
-        attn = self.blocks[layer].attn
-        value = attn.W_V[head * len(attn.W_V) // self.cfg.n_heads].float()
-        return value @ attn.W_O[head].float()
+        return self.head_values(layer)[head] @ self.blocks[layer].attn.W_O[head].float()
 
     @cached_property
     def token_labels(self) -> list[str]:
@@ -179,10 +184,20 @@ class DirectionsBridge(TransformerBridge):
 
     @torch.no_grad()
     def norm_gain(self, norm: nn.Module) -> Float[Tensor, " d_model"]:
-        """What a norm multiplies by: its output for an input of equal entries."""
+        """What a norm multiplies by: its output for an input of equal entries.
+
+        Raises:
+            ValueError: if it does more than scale, as LayerNorm does.
+        """
         # large ones, beside which its eps is nothing
         equal = torch.full((1, 1, self.cfg.d_model), 1024.0)
-        return norm(equal.to(self.cfg.device, self.cfg.dtype))[0, 0].float()
+        gain = norm(equal.to(self.cfg.device, self.cfg.dtype))[0, 0].float()
+        if not gain.any():
+            raise ValueError(
+                f"The norms of {self.cfg.model_name} subtract the mean (LayerNorm): directions are "
+                "read here through norms that only scale (RMSNorm)."
+            )
+        return gain
 
     def _require_folded(self) -> None:
         if not self.folded:

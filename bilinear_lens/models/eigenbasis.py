@@ -19,10 +19,6 @@ class Eigenbasis(nn.Module):
     without an edit the output stays as it is, to the last bit.
     """
 
-    values: Tensor
-    vectors: Tensor
-    write: Tensor
-
     def __init__(
         self, tensor: BilinearTensor, directions: Float[Tensor, "direction d_out"], k: int
     ) -> None:
@@ -35,25 +31,24 @@ class Eigenbasis(nn.Module):
                 f"The {n} directions must be linearly independent, and at least one: otherwise an "
                 "edit of one cannot leave the others alone."
             )
-        spectrum = tensor.eigh(directions, k)
-        self.affine = spectrum.affine
-        # not persistent: they are no weights of the model
-        self.register_buffer("values", spectrum.values, persistent=False)
-        self.register_buffer("vectors", spectrum.vectors, persistent=False)
-        self.register_buffer(
-            "write", torch.linalg.pinv(directions.double()).mT.to(directions), persistent=False
-        )
-        self.hook_acts = HookPoint()
-
-    @property
-    def spectrum(self) -> Spectrum:
+        # no buffers: they are no weights of the model, and stay exact where those become 16 bits
+        self.spectrum = tensor.eigh(directions, k)
         """Of each direction, `[direction, k]`."""
-        return Spectrum(self.values, self.vectors, self.affine)
+        self.write = torch.linalg.pinv(directions.double()).mT.to(directions)
+        self.hook_acts = HookPoint()
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], out: Float[Tensor, "*batch d_out"]
     ) -> Float[Tensor, "*batch d_out"]:
         """The MLP's output for the input `x`, moved by what the hook changed."""
-        acts = self.spectrum.activations(x)
+        spectrum, write = self.spectrum, self.write.to(x.device)
+        vectors = spectrum.vectors.to(x.device)
+        spectrum = Spectrum(spectrum.values.to(x.device), vectors, spectrum.affine)
+        acts = spectrum.activations(x.to(vectors))
         edited = self.hook_acts(acts.clone())  # which hooks may change in place
-        return out + ((edited - acts).sum(-1) @ self.write).to(out)
+        if edited.shape != acts.shape:
+            raise ValueError(
+                f"A hook on {self.hook_acts.name} gave {list(edited.shape)}; what it edits is "
+                f"{list(acts.shape)}: [batch, pos, direction, k]."
+            )
+        return out + ((edited - acts).sum(-1).to(write) @ write).to(out)

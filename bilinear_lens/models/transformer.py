@@ -215,13 +215,16 @@ class HookedBilinearTransformer(DirectionsBridge):
         """
         tensor, eigen = self.bilinear_tensor(layer), self.blocks[layer].mlp.eigen
         if not str(name).isidentifier() or iskeyword(name) or hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"name={name!r} must be a Python name, such as 'she'.")
+            raise ValueError(
+                f"name={name!r} must be a Python name, such as 'she', and none that Python or "
+                "torch.nn.ModuleDict has."
+            )
         if name in eigen:
             raise ValueError(
                 f"Layer {layer} has an eigenbasis {name!r} already: give another name, or "
                 f"remove_eigenbasis({name!r}, {layer}) first."
             )
-        if isinstance(directions, str):
+        if isinstance(directions, (str, tuple)):  # a tuple is a pair of tokens
             raise ValueError(f"directions={directions!r} must be a list: [{directions!r}].")
         outputs = directions.directions if isinstance(directions, Basis) else directions
         rows = [self.output_direction(each, layer=layer) for each in outputs]
