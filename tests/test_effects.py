@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import OlmoConfig
 
 import bilinear_lens as bl
 
@@ -68,15 +69,15 @@ class ByHand:
         if at.kind == "embedding":
             return self.cache["blocks.0.hook_resid_pre"] @ along
         raw: Any = self.stream(lower) @ lower.reads if reading is None else reading
-        reading = raw / self.norm(lower)
+        read: Tensor = raw / self.norm(lower)
         if at.kind == "eigenvector":
             matrix = self.model.bilinear_tensor(at.layer).interaction(along)
-            return (lower.reads @ matrix @ lower.reads) * reading.square()
+            return (lower.reads @ matrix @ lower.reads) * read.square()
         weight = self.model.head_weight(at.layer, at.head) @ along
         pattern = self.cache[f"blocks.{at.layer}.attn.hook_pattern"][:, at.head]
         if at.position is not None:
             pattern = pattern * (torch.arange(pattern.shape[-1]) == at.position)
-        return (weight @ lower.reads) * torch.einsum("bqk,bk->bq", pattern, reading)
+        return (weight @ lower.reads) * torch.einsum("bqk,bk->bq", pattern, read)
 
     def after(self, node: Any) -> str:
         at = node.place
@@ -228,7 +229,7 @@ def test_weights_of_other_precision(dtype):
             bl.trace(hooked, " named")
         return
     circuit = bl.measure_effects(hooked, bl.trace(hooked, " named", prompt=PROMPT, width=4))
-    assert circuit.correlation["nodes"] > 0.9
+    assert float(circuit.correlation["nodes"]) > 0.9
     left = bl.faithfulness(hooked, circuit, stories(), window=WINDOW)["left"].tolist()
     assert left[-1] > 0.5
 
@@ -238,3 +239,39 @@ def test_a_window_too_short_is_refused():
     for window in (1, 0, -3):
         with pytest.raises(ValueError, match=f"window={window} must be at least 2"):
             bl.measure_effects(model("tinystories-1l"), circuit, stories(), window=window)
+
+
+def test_norms_that_subtract_the_mean_are_refused():
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 32}
+    config = OlmoConfig(
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        hidden_act="linear",
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    hooked = bl.HookedBilinearTransformer.from_config(config)
+    tokens, direction = torch.tensor([[3, 5, 7]]), torch.ones(24)
+    for read in (
+        lambda: bl.trace(hooked, direction),
+        lambda: bl.trace(hooked, direction, prompt=tokens),
+        lambda: bl.attribute(hooked, tokens, direction, layer=0),
+        hooked.token_basis,
+        lambda: hooked.output_direction(3),
+    ):
+        with pytest.raises(ValueError, match=r"subtract the mean \(LayerNorm\)"):
+            read()
+
+
+def test_a_prompt_may_be_ids_in_any_form():
+    hooked = model("tinystories-1l")
+    tokens = hooked.to_tokens(PROMPT)
+    nodes = [
+        bl.trace(hooked, " named", prompt=prompt, width=2, depth=2).nodes
+        for prompt in (PROMPT, tokens, tokens[0], tokens[0].tolist())
+    ]
+    assert all(each.equals(nodes[0]) for each in nodes[1:])
+    for prompt in (tokens.repeat(2, 1), tokens.float(), [PROMPT]):
+        with pytest.raises((ValueError, TypeError), match="prompt|str"):
+            bl.trace(hooked, " named", prompt=prompt)

@@ -455,3 +455,18 @@ def test_the_names_of_a_modules_attributes_are_refused():
 def test_one_string_is_one_output(model):
     with pytest.raises(ValueError), model.eigenbasis("x", 0, " she", 3):
         pass
+
+
+def test_a_hook_that_changes_the_shape_is_refused(tiny):
+    with (
+        tiny.eigenbasis("some", LAYER, OUTPUTS, 4),
+        pytest.raises(ValueError, match="what it edits"),
+    ):
+        tiny.run_with_hooks(
+            some_tokens(), fwd_hooks=[(acts_of("some"), lambda acts, hook: acts[..., :1])]
+        )
+    for name in ("class", "keys", 3):
+        with pytest.raises(ValueError, match="must be a Python name"):
+            tiny.add_eigenbasis(name, LAYER, OUTPUTS, 4)
+    with pytest.raises(ValueError, match="must be a list"):
+        tiny.add_eigenbasis("pair", LAYER, (3, 5), 4)
