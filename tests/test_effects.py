@@ -229,7 +229,7 @@ def test_weights_of_other_precision(dtype):
             bl.trace(hooked, " named")
         return
     circuit = bl.measure_effects(hooked, bl.trace(hooked, " named", prompt=PROMPT, width=4))
-    assert float(circuit.correlation["nodes"]) > 0.9
+    assert circuit.correlation.to_dict()["nodes"] > 0.9
     left = bl.faithfulness(hooked, circuit, stories(), window=WINDOW)["left"].tolist()
     assert left[-1] > 0.5
 
@@ -272,6 +272,6 @@ def test_a_prompt_may_be_ids_in_any_form():
         for prompt in (PROMPT, tokens, tokens[0], tokens[0].tolist())
     ]
     assert all(each.equals(nodes[0]) for each in nodes[1:])
-    for prompt in (tokens.repeat(2, 1), tokens.float(), [PROMPT]):
-        with pytest.raises((ValueError, TypeError), match="prompt|str"):
+    for prompt in (tokens.repeat(2, 1), tokens.float()):
+        with pytest.raises((ValueError, TypeError), match="prompt"):
             bl.trace(hooked, " named", prompt=prompt)

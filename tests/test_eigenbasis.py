@@ -458,14 +458,11 @@ def test_one_string_is_one_output(model):
 
 
 def test_a_hook_that_changes_the_shape_is_refused(tiny):
-    with (
-        tiny.eigenbasis("some", LAYER, OUTPUTS, 4),
-        pytest.raises(ValueError, match="what it edits"),
-    ):
-        tiny.run_with_hooks(
-            some_tokens(), fwd_hooks=[(acts_of("some"), lambda acts, hook: acts[..., :1])]
-        )
-    for name in ("class", "keys", 3):
+    hooks = [(acts_of("some"), lambda acts, hook: acts[..., :1])]
+    within = tiny.eigenbasis("some", LAYER, OUTPUTS, 4)
+    with within, pytest.raises(ValueError, match="what it edits"):
+        tiny.run_with_hooks(some_tokens(), fwd_hooks=hooks)
+    for name in ("class", "keys", "a b"):
         with pytest.raises(ValueError, match="must be a Python name"):
             tiny.add_eigenbasis(name, LAYER, OUTPUTS, 4)
     with pytest.raises(ValueError, match="must be a list"):

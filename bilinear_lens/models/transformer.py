@@ -214,7 +214,7 @@ class HookedBilinearTransformer(DirectionsBridge):
                 direction is a combination of the others.
         """
         tensor, eigen = self.bilinear_tensor(layer), self.blocks[layer].mlp.eigen
-        if not str(name).isidentifier() or iskeyword(name) or hasattr(nn.ModuleDict(), name):
+        if not name.isidentifier() or iskeyword(name) or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"name={name!r} must be a Python name, such as 'she', and none that Python or "
                 "torch.nn.ModuleDict has."
