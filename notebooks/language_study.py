@@ -8,7 +8,7 @@ as it is done, so that an interrupted study goes on; TABLE is a CSV file, a row 
 which the notebook sums up.
 
 - recipes: ways from SwiGLU to bilinear, all with the same short budget
-- conversion: the recommended way and its controls, three seeds
+- conversion: the recommended way and its controls, three seeds (from scratch: one)
 - twin: the same on a larger model
 - long: the recommended way and continued training, on half an hour of two cores
 - reading: what the weights of the converted models say, beside models from scratch
@@ -278,15 +278,17 @@ def jobs(studies: list[str]) -> list[Conversion | Reading | Regularised]:
             for label, rate in CONTINUED.items()
         ],
         "conversion": [
-            job for seed in SEEDS for job in conversions("conversion", "stories260K", seed)
+            job
+            for seed in SEEDS
+            for job in conversions("conversion", "stories260K", seed)
+            if job.method != "scratch" or seed == 0
         ],
         "twin": conversions("twin", "twin", 0)[:3],
         "long": conversions("long", "stories260K", 0)[:2],
         "reading": [
-            Reading(model, method, seed)
-            for model, seeds in (("stories260K", SEEDS), ("twin", (0,)))
+            Reading(model, method, seed=0)
+            for model in ("stories260K", "twin")
             for method in ("bilinearized", "scratch")
-            for seed in seeds
         ],
         "regularisers": [
             Regularised(noise, decay, seed)
