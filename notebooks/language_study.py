@@ -7,7 +7,7 @@ DATA holds `checkpoints/stories260K`, a SwiGLU model of TinyStories in Hugging F
 as it is done, so that an interrupted study goes on; TABLE is a CSV file, a row for each measurement,
 which the notebook sums up.
 
-- recipes: ways from SwiGLU to bilinear, all with the same short budget
+- recipes: ways from SwiGLU to bilinear, all with the same short budget; the best two, three seeds
 - conversion: the recommended way and its controls, three seeds (from scratch: one)
 - twin: the same on a larger model
 - long: the recommended way and continued training, on half an hour of two cores
@@ -78,11 +78,14 @@ RECIPES: dict[str, tuple[dict, float]] = {
 }
 """Changes to the recipe, and the learning rate. "fitted" is by least squares."""
 
+FINALISTS = ("fitted, distilled .8 to 0", "fitted, distilled .5")
+"""With three seeds."""
+
 CONTINUED = {f"continued, {rate:g}": rate for rate in (5e-4, 1e-3, 2e-3)}
 """Learning rates for the control that the others are measured against."""
 
 CONTROLS = {"continued": 1e-3, "abrupt": 3e-3, "scratch": 3e-3}
-"""At the learning rate that suits each of them best."""
+"""And the learning rate of each."""
 
 
 @dataclass(frozen=True)
@@ -265,11 +268,12 @@ def jobs(studies: list[str]) -> list[Conversion | Reading | Regularised]:
                 "stories260K",
                 label,
                 "bilinearized",
-                0,
+                seed,
                 recipe,
                 {"learning_rate": rate},
             )
             for label, (recipe, rate) in RECIPES.items()
+            for seed in (SEEDS if label in FINALISTS else (0,))
         ]
         + [
             Conversion(
