@@ -155,6 +155,30 @@ def test_eigenvectors_that_cancel_are_found():
     assert circuit.nodes["kind"].tolist()[1:] == ["eigenvector", "eigenvector"]
     assert circuit.nodes["score"].iloc[1:].min() > 1  # more than all writers together
     assert circuit.nodes["eigenvalue"].iloc[1:].prod() < 0
+    (mlp,) = (
+        edge
+        for edge in VocabularyReader(hooked).writers(circuit.found[0])
+        if edge.lower.place.kind == "MLP"
+    )
+    assert mlp.share > circuit.nodes["score"].iloc[1:].max()
+
+
+def test_opposite_directions_of_a_head_are_one_node():
+    """Heads with a single value channel each, which read one direction, whatever they write."""
+    plain = random_model(LlamaConfig(**TINY))
+    with torch.no_grad():
+        decoder: Any = plain.get_decoder()
+        values = decoder.layers[0].self_attn.v_proj.weight
+        values[torch.arange(16) % 8 != 0] = 0
+    hooked = bl.HookedBilinearTransformer.from_hf(plain)
+    circuit = bl.trace(hooked, torch.eye(16)[5], layer=0, width=8, depth=2)
+    edges = [edge for edge in circuit.links if edge.lower.place.kind == "head"]
+    assert len({edge.lower for edge in edges}) == 2 < len(edges)
+    assert {edge.weight > 0 for edge in edges} == {True, False}
+    for edge in edges:
+        assert edge.lower.place.head is not None
+        reads = hooked.head_weight(0, edge.lower.place.head) @ edge.upper.reads
+        torch.testing.assert_close(edge.weight * edge.lower.reads, reads, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("prompt", [True, False])
