@@ -62,7 +62,8 @@ class VocabularyReader:
         return self.model.token_basis().directions
 
     def writers(self, upper: Node) -> Iterable[Edge]:
-        """From each writer below; an MLP stands for its eigenvectors: none has a larger share."""
+        """From each writer below; an MLP stands for its eigenvectors, with a bound of their
+        variances as its weight: none has a larger share."""
         d, at = upper.reads, upper.place
         found = [(d @ self.embedding @ d, Node(Place("embedding", -1), d), 1.0)]
         for layer in range(at.layer + (at.kind == "eigenvector")):
@@ -76,7 +77,7 @@ class VocabularyReader:
             along = d * into_stream(self.model, layer, "mlp")
             variance, bound = self._of_mlp(layer, along)
             total += variance
-            bounds.append((bound, Node(Place("MLP", layer), along), 1.0))
+            bounds.append((bound, Node(Place("MLP", layer), along), bound))
         if total == 0:  # then there is nothing to share
             return
         for variance, lower, weight in [*found, *bounds]:
@@ -110,8 +111,7 @@ class VocabularyReader:
         spread = (spectrum.vectors * (covariance @ spectrum.vectors)).sum(0)
         moved = mean @ spectrum.vectors
         variances = spectrum.values**2 * (2 * spread**2 + 4 * spread * moved**2)
-        _, bound = self._of_mlp(place.layer, along)
-        shares = variances * (mlp.share / bound)
+        shares = variances * (mlp.share / mlp.weight)
         for i in shares.topk(min(k, spectrum.k)).indices.tolist():
             node, factor = _eigenvector(self.model, mlp, spectrum, i)
             weight = spectrum.values[i].item() * factor

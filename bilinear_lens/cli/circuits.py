@@ -10,7 +10,7 @@ from rich.table import Table
 
 import bilinear_lens as bl
 from bilinear_lens.cli.lens import check_writable
-from bilinear_lens.cli.options import TokenizerOption
+from bilinear_lens.cli.options import ContrastOption, TokenizerOption
 from bilinear_lens.pages import circuit_page
 from bilinear_lens.training.text import load_text
 from bilinear_lens.views import graphs
@@ -35,9 +35,7 @@ def trace(
     ] = None,
     width: Annotated[int, typer.Option(help="Nodes found at each step.")] = 8,
     depth: Annotated[int, typer.Option(help="Steps.")] = 4,
-    contrast: Annotated[
-        str, typer.Option(help="A token to measure against; the mean over all tokens otherwise.")
-    ] = "mean",
+    contrast: ContrastOption = "mean",
     out: Annotated[
         Path | None,
         typer.Option(

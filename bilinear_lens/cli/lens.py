@@ -14,7 +14,7 @@ from rich.table import Table
 
 import bilinear_lens as bl
 from bilinear_lens.analysis.overview import BILINEAR, describe, output_ranks, overview
-from bilinear_lens.cli.options import TokenizerOption
+from bilinear_lens.cli.options import ContrastOption, TokenizerOption
 from bilinear_lens.models.checkpoints import (
     Layout,
     check_new,
@@ -88,9 +88,7 @@ def explain(
     ],
     layer: Annotated[int, typer.Option(help="Whose MLP, from 0.")] = 0,
     k: Annotated[int, typer.Option(help="How many eigenvectors.")] = 8,
-    contrast: Annotated[
-        str, typer.Option(help="A token to measure against; the mean over all tokens otherwise.")
-    ] = "mean",
+    contrast: ContrastOption = "mean",
     out: Annotated[
         Path | None, typer.Option(help="Also ablate, on text, and write a page there (.html).")
     ] = None,

@@ -8,6 +8,9 @@ TokenizerOption = Annotated[
     str | None,
     typer.Option(help="A folder, built-in model or Hub id with the tokenizer, instead of its own."),
 ]
+ContrastOption = Annotated[
+    str, typer.Option(help="A token to measure against; the mean over all tokens otherwise.")
+]
 TextOption = Annotated[
     list[str],
     typer.Option(

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import bilinear_lens as bl
+from bilinear_lens.cli.options import ContrastOption
 
 console = Console(highlight=False)
 
@@ -26,9 +27,7 @@ def sweep(
     ] = None,
     k: Annotated[int, typer.Option(help="How many eigenvectors of each output.")] = 8,
     n_tokens: Annotated[int, typer.Option(help="Tokens at each end of an eigenvector.")] = 10,
-    contrast: Annotated[
-        str, typer.Option(help="A token to measure against; the mean over all tokens otherwise.")
-    ] = "mean",
+    contrast: ContrastOption = "mean",
     effective_rank: Annotated[
         bool,
         typer.Option("--effective-rank", help="Also each output's, from all its eigenvalues."),
