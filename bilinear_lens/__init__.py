@@ -22,6 +22,21 @@ from bilinear_lens.analysis.effects import faithfulness, measure_effects
 from bilinear_lens.analysis.sweep import sweep
 from bilinear_lens.analysis.search import Summary, Sweep, load_sweep
 from bilinear_lens.analysis.overview import overview
+from bilinear_lens.models.saes import SparseAutoencoder
+from bilinear_lens.training.saes import SaeRecipe, train_saes
+from bilinear_lens.training.reconstruction import Reconstruction, evaluate_reconstruction
+from bilinear_lens.analysis.features import (
+    FeatureInteractions,
+    feature_interactions,
+    latent_tensor,
+)
+from bilinear_lens.analysis.feature_summary import feature_summary
+from bilinear_lens.analysis.latent_prediction import latent_prediction
+from bilinear_lens.analysis.examples import LatentExamples, latent_examples
+from bilinear_lens.analysis.latent_ablation import ablate_latents, latent_effects
+from bilinear_lens.models.bridges import load_bridge
+from bilinear_lens.models.transcoder import BilinearTranscoder
+from bilinear_lens.training.transcoders import TranscoderRecipe, train_transcoders
 from bilinear_lens.training.text import load_text
 from bilinear_lens.training.bilinearize import (
     BilinearizeRecipe,
@@ -71,6 +86,24 @@ __all__ = [
     "Sweep",
     "Summary",
     "overview",
+    "SparseAutoencoder",
+    "train_saes",
+    "SaeRecipe",
+    "evaluate_reconstruction",
+    "Reconstruction",
+    "feature_interactions",
+    "FeatureInteractions",
+    "latent_tensor",
+    "feature_summary",
+    "latent_prediction",
+    "latent_examples",
+    "LatentExamples",
+    "ablate_latents",
+    "latent_effects",
+    "load_bridge",
+    "BilinearTranscoder",
+    "train_transcoders",
+    "TranscoderRecipe",
     "load_text",
     "bilinearize",
     "BilinearizeRecipe",

@@ -13,14 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
 
+from bilinear_lens.models.activations import Hooks
 from bilinear_lens.models.transformer import HookedBilinearTransformer
 from bilinear_lens.models.vocabulary import Token
 from bilinear_lens.spectrum import Spectrum
 from bilinear_lens.tensor import BilinearTensor
-
-Hooks = list[tuple[str | Callable, Callable]]
-"""As TransformerLens types them; ours name their hook by a string."""
 
 
 def ablate_eigenvectors(
@@ -227,7 +226,7 @@ def k_reaching(curve: pd.DataFrame, share: float = 0.9, *, measure: str = "logit
 
 
 def text_windows(
-    model: HookedBilinearTransformer, text: Sequence[str], *, n_tokens: int
+    model: TransformerBridge, text: Sequence[str], *, n_tokens: int
 ) -> Int[Tensor, "n_windows n_tokens"]:
     """Documents as the model was trained on them: joined, each after the first token, and cut.
 

@@ -35,8 +35,10 @@ class Pairs(NamedTuple):
     values: Float[Tensor, " k"]
 
 
-def top_pairs(matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int) -> Pairs:
-    """The k unordered pairs with the largest `|e_a^T Q e_b|`; a token pairs with itself too.
+def top_pairs(
+    matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int, *, distinct: bool = False
+) -> Pairs:
+    """The k unordered pairs with the largest `|e_a^T Q e_b|`.
 
     Exact but for the rounding of the products themselves, which is taken to be that of float32
     (not TF32) and to grow as the root of `d`; of pairs that tie, any may be listed.
@@ -47,13 +49,15 @@ def top_pairs(matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int
 
     Args:
         matrix: symmetric.
+        distinct: only pairs of two different tokens; otherwise a token pairs with itself, too.
 
     Raises:
         ValueError: if `k` is not between 1 and the number of pairs.
     """
     n, d = tokens.shape
-    if not 1 <= k <= n * (n + 1) // 2:
-        raise ValueError(f"k={k} must be between 1 and the {n * (n + 1) // 2} pairs there are.")
+    n_pairs = n * (n - 1 if distinct else n + 1) // 2
+    if not 1 <= k <= n_pairs:
+        raise ValueError(f"k={k} must be between 1 and the {n_pairs} pairs there are.")
     # all products of few tokens cost less than a spectrum
     bound = _Bound.of(matrix, tokens) if n > 2 * d else None
     order = torch.arange(n, device=tokens.device) if bound is None else bound.order
@@ -64,11 +68,14 @@ def top_pairs(matrix: Float[Tensor, "d d"], tokens: Float[Tensor, "n d"], k: int
             full = len(best.values) == k
             least = best.values[-1].abs().item() if full else -1.0
             survivors = bound.survivors(top, left, least) if bound and full else None
+            if survivors is not None and distinct:
+                apart = survivors[0] != survivors[1]
+                survivors = survivors[0][apart], survivors[1][apart]
             if survivors is None:
                 if mapped is None:
                     mapped = tokens[order[top : top + ROWS]] @ matrix
                 products = mapped @ tokens[order[left : left + COLUMNS]].mT
-                rows, columns = _largest(products, top - left, least, k)
+                rows, columns = _largest(products, top - left + distinct, least, k)
                 values = products[rows, columns]
                 first, second = rows + top, columns + left
             else:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bilinear_lens.cli import bilinearize, circuits, data, lens, sweeps, train
+from bilinear_lens.cli import bilinearize, circuits, data, features, lens, sweeps, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +28,7 @@ for command in (
     bilinearize.bilinearize,
 ):
     app.command()(command)
+app.add_typer(features.app, name="features")
 app.add_typer(train.app, name="train")
 app.command("explain-image")(lens.explain_image)
 

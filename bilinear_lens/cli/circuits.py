@@ -11,7 +11,7 @@ from rich.table import Table
 import bilinear_lens as bl
 from bilinear_lens.cli.lens import check_writable
 from bilinear_lens.cli.options import ContrastOption, TokenizerOption
-from bilinear_lens.pages import circuit_page
+from bilinear_lens.pages.reports import circuit_page
 from bilinear_lens.training.text import load_text
 from bilinear_lens.views import graphs
 from bilinear_lens.views.report import save_page

@@ -23,7 +23,7 @@ from bilinear_lens.models.checkpoints import (
     save_checkpoint,
 )
 from bilinear_lens.models.hub import push_to_hub
-from bilinear_lens.pages import image_page, passage, token_page
+from bilinear_lens.pages.reports import image_page, passage, token_page
 from bilinear_lens.training.images import read_image
 from bilinear_lens.training.text import load_text
 from bilinear_lens.views.report import save_page

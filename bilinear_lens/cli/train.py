@@ -1,4 +1,4 @@
-"""Commands that train: language, vision."""
+"""Commands that train: language, vision, sae, transcoder."""
 
 import sys
 from pathlib import Path
@@ -18,11 +18,18 @@ from bilinear_lens.cli.options import (
     ResumeOption,
     StreamingOption,
     TextOption,
+    TokenizerOption,
 )
+from bilinear_lens.models.bridges import load_bridge
 from bilinear_lens.models.fitting import FitRecipe
 from bilinear_lens.training.card import shown_command
+from bilinear_lens.training.corpus import held_out_documents, source_names
 from bilinear_lens.training.language import Equal, train_language
 from bilinear_lens.training.recipe import LanguageRecipe
+from bilinear_lens.training.reconstruction import Reconstruction
+from bilinear_lens.training.saes import SaeRecipe, train_saes
+from bilinear_lens.training.text import load_text
+from bilinear_lens.training.transcoders import TranscoderRecipe, train_transcoders
 from bilinear_lens.training.vision import train_vision
 
 app = typer.Typer(no_args_is_help=True, help="Train models.")
@@ -217,3 +224,131 @@ def vision(
     )
     console.print(f"accuracy on the test split: {accuracy:.4f}")
     console.print(f"Wrote {escape(str(out))}")
+
+
+@app.command()
+def sae(
+    model: Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")],
+    hook: Annotated[
+        list[str],
+        typer.Option(help="A hook point, such as blocks.2.mlp.hook_in. May be repeated."),
+    ],
+    text: TextOption,
+    held_out: HeldOutOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder; MODEL-saes otherwise, in this one.")
+    ] = None,
+    expansion: Annotated[
+        int, typer.Option(help="Latents for each dimension of the activation.")
+    ] = SaeRecipe.expansion,
+    k: Annotated[int, typer.Option(help="Latents that are active at a token.")] = SaeRecipe.k,
+    epochs: Annotated[int, typer.Option(help="Passes over the text.")] = SaeRecipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = SaeRecipe.batch_size,
+    window: Annotated[
+        int, typer.Option(help="Tokens of a window, at most the model's context.")
+    ] = SaeRecipe.window,
+    lr: Annotated[
+        float | None, typer.Option(help="Adam's highest; sparsify's own otherwise.")
+    ] = SaeRecipe.learning_rate,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = SaeRecipe.seed,
+    tokenizer: TokenizerOption = None,
+    data: DataOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train sparse autoencoders (TopK) of a model's activations, with EleutherAI's sparsify.
+
+    Example: bilinear-lens train sae tinystories-4l --hook blocks.2.mlp.hook_in
+    --hook blocks.2.mlp.hook_out --text stories.txt --held-out others.txt
+    """
+    out = out or Path(f"{Path(model).name}-saes")
+    trained = train_saes(
+        load_bridge(model, tokenizer=tokenizer),
+        load_text(text),
+        hook,
+        out=out,
+        held_out=held_out_documents(text, held_out, streaming=False),
+        recipe=SaeRecipe(
+            expansion=expansion,
+            k=k,
+            epochs=epochs,
+            batch_size=batch_size,
+            window=window,
+            learning_rate=lr,
+            seed=seed,
+        ),
+        resume=resume,
+        command=shown_command(sys.argv),
+        data=data or ", ".join(source_names(text)),
+    )
+    for name, each in trained.items():
+        _print_reconstruction(name, each.reconstruction)
+    console.print(f"Wrote {escape(str(out))}")
+
+
+@app.command()
+def transcoder(
+    model: Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")],
+    text: TextOption,
+    held_out: HeldOutOption = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="A layer; all otherwise. May be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder; MODEL-transcoders otherwise, in this one.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Products that a layer computes; as wide as the MLP otherwise."),
+    ] = TranscoderRecipe.rank,
+    skip: Annotated[
+        bool, typer.Option("--skip/--no-skip", help="Add a linear map of the input.")
+    ] = TranscoderRecipe.skip,
+    epochs: Annotated[int, typer.Option(help="Passes over the text.")] = TranscoderRecipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = TranscoderRecipe.batch_size,
+    window: Annotated[
+        int, typer.Option(help="Tokens of a window, at most the model's context.")
+    ] = TranscoderRecipe.window,
+    lr: Annotated[
+        float, typer.Option(help="Highest learning rate.")
+    ] = TranscoderRecipe.learning_rate,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = TranscoderRecipe.seed,
+    tokenizer: TokenizerOption = None,
+    data: DataOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train a bilinear layer in the place of each MLP of a model that is not bilinear.
+
+    Example: bilinear-lens train transcoder gpt2 --text stories.txt --held-out others.txt
+    """
+    out = out or Path(f"{Path(model).name}-transcoders")
+    trained = train_transcoders(
+        load_bridge(model, tokenizer=tokenizer),
+        load_text(text),
+        out=out,
+        held_out=held_out_documents(text, held_out, streaming=False),
+        layers=layer,
+        recipe=TranscoderRecipe(
+            rank=rank,
+            skip=skip,
+            epochs=epochs,
+            batch_size=batch_size,
+            window=window,
+            learning_rate=lr,
+            seed=seed,
+        ),
+        resume=resume,
+        command=shown_command(sys.argv),
+        data=data or ", ".join(source_names(text)),
+    )
+    for name, each in trained.items():
+        _print_reconstruction(name, each.reconstruction)
+    console.print(f"Wrote {escape(str(out))}")
+
+
+def _print_reconstruction(name: str, measured: Reconstruction) -> None:
+    latents = "" if measured.l0 is None else f", L0 {measured.l0:.1f}, dead {measured.dead:.1%}"
+    console.print(
+        f"{escape(name)}: normalised MSE {measured.nmse:.4f}, variance explained "
+        f"{measured.variance_explained:.4f}, loss recovered {measured.recovered:.4f}, added "
+        f"{measured.added:.4f}{latents}"
+    )

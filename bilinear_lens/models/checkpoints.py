@@ -40,6 +40,7 @@ BUILT_IN = ("tinystories-1l", "tinystories-4l", "stories260k-bilinear")
 BUILT_IN_CLASSIFIERS = ("mnist-1l",)
 BUILT_IN_GATED = ("stories260k",)
 """With an activation in their gates: to be made bilinear."""
+BUILT_IN_SAES = ("tinystories-4l-saes",)
 
 CLASSIFIER = "HookedBilinearClassifier"
 """What the config of a saved classifier calls its architecture."""
@@ -220,9 +221,29 @@ def classifier_files(name_or_path: str | Path, revision: str | None) -> tuple[di
     return config, weights[0]
 
 
-def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]:
+def subfolder_of(name_or_path: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    """A folder of SAEs, or one of it, on this machine.
+
+    Raises:
+        KeyError: if the name is not known.
+        ValueError: if there is no such subfolder, naming those there are.
+    """
+    folder, _ = _folder(name_or_path, revision, known=BUILT_IN_SAES, subfolder=subfolder)
+    if subfolder is not None and not (folder / subfolder).is_dir():
+        there = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        raise ValueError(f"{folder} has no folder {subfolder!r}; it has {there}.")
+    return folder / (subfolder or "")
+
+
+def _folder(
+    name_or_path: str | Path,
+    revision: str | None,
+    *,
+    known: tuple[str, ...] = BUILT_IN + BUILT_IN_CLASSIFIERS + BUILT_IN_GATED,
+    subfolder: str | None = None,
+) -> tuple[Path, bool]:
     """Where the checkpoint lies on this machine, and whether it came from the Hub."""
-    name, known = str(name_or_path), BUILT_IN + BUILT_IN_CLASSIFIERS + BUILT_IN_GATED
+    name = str(name_or_path)
     if name in known:
         if revision is not None:
             raise ValueError(f"{name} ships with the package: it has no revisions.")
@@ -237,21 +258,28 @@ def _folder(name_or_path: str | Path, revision: str | None) -> tuple[Path, bool]
             "(user/name)."
         )
     try:
-        return _snapshot(name, revision=revision), True
+        return _snapshot(name, revision=revision, subfolder=subfolder), True
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
             f"Cannot get {name!r}, which is no folder here, from the Hugging Face Hub: {error}"
         ) from error
 
 
-def _snapshot(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """A Hub repository's weights, configs and tokenizer; nothing below its top folder."""
+def _snapshot(
+    name: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    subfolder: str | None = None,
+) -> Path:
+    """A Hub repository's weights, configs and tokenizer: of its top folder, or of one below."""
+    inside = f"{subfolder}/" if subfolder else ""
     folder = snapshot_download(
         name,
         revision=revision,
         local_files_only=local_files_only,
-        allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
-        ignore_patterns=["*/*", "consolidated*"],
+        allow_patterns=[f"{inside}*{end}" for end in (".json", ".safetensors", ".model", ".txt")],
+        ignore_patterns=[f"{inside}*/*", "consolidated*"],
     )
     return Path(folder)
 
@@ -259,10 +287,10 @@ def _snapshot(name: str, *, revision: str | None = None, local_files_only: bool 
 def read_config(folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: it is not a checkpoint folder.")
-    return _read_settings(folder / "config.json")
+    return read_settings(folder / "config.json")
 
 
-def _read_settings(file: Path) -> dict:
+def read_settings(file: Path) -> dict:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -292,7 +320,7 @@ def check_weight_files(folder: Path) -> list[Path]:
             ) from error
     index, names = folder / "model.safetensors.index.json", {shard.name for shard in shards}
     if index.exists() and "model.safetensors" not in names:  # a whole file is read without it
-        named = dict(_read_settings(index).get("weight_map", {}))
+        named = dict(read_settings(index).get("weight_map", {}))
         if missing := sorted(set(named.values()) - names):
             raise ValueError(
                 f"{folder} lacks {missing[:3]}, which {index.name} names: fetch it again."

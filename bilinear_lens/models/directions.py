@@ -85,7 +85,7 @@ class DirectionsBridge(TransformerBridge):
                     f"[d_model={self.cfg.d_model}]."
                 )
             if layer is not None:
-                direction = direction * self._output_gain(layer)
+                direction = direction * self.output_gain(layer)
         else:
             if isinstance(output, tuple):
                 if len(output) != 2:
@@ -124,7 +124,7 @@ class DirectionsBridge(TransformerBridge):
         directions = (self.W_U[:, ids].float() - against[:, None]).mT * self.norm_gain(
             self.ln_final
         )
-        return directions if layer is None else directions * self._output_gain(layer)
+        return directions if layer is None else directions * self.output_gain(layer)
 
     def token_basis(self) -> Basis:
         """Each token as an MLP would see it alone: its embedding, normed.
@@ -177,7 +177,7 @@ class DirectionsBridge(TransformerBridge):
         """
         return vocabulary.token_id(token, self.token_labels, self.tokenizer)
 
-    def _output_gain(self, layer: int) -> Tensor | float:
+    def output_gain(self, layer: int) -> Tensor | float:
         """What a layer's MLP output is multiplied by on its way to the residual stream."""
         block = self.blocks[layer]
         return self.norm_gain(block.ln2_post) if hasattr(block, "ln2_post") else 1.0

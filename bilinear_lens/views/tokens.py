@@ -1,6 +1,7 @@
 """Token views, drawn by CircuitsVis from the script in its wheel: no network, ever.
 
 - `text` colours tokens by each eigenvector's activation, `attention` shows heads
+- `examples` lists the text at which latents are most active
 - the tokens at an eigenvector's ends are a table (`tables.eigenvectors`): CircuitsVis's TopkTokens
   writes tokens into the page as HTML, shades on a fixed scale from 0 to 1, and opens on one column
 - a page or notebook holds the script (1.3 MB) once; a view without it waits, and says so
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -123,6 +125,48 @@ def text(
         "negativeBounds": [-bound] * len(labels),
     }
     return TokenView("ColoredTokensMulti", props)
+
+
+def examples(
+    tokens: Sequence[Sequence[Sequence[str]]],
+    activations: Sequence[Sequence[Sequence[float]]],
+    *,
+    labels: Sequence[str],
+    name: str,
+) -> TokenView:
+    """Pieces of text at which latents are most active, for a latent chosen by its label.
+
+    Args:
+        tokens: of each piece, for each latent.
+        activations: the latent's at each token.
+        labels: a name for each latent.
+        name: of what they are latents, such as a hook point.
+
+    Raises:
+        ValueError: if counts differ, nothing is given, or an activation is not finite.
+    """
+    counts = [[list(map(len, pieces)) for pieces in each] for each in (tokens, activations)]
+    if (
+        counts[0] != counts[1]
+        or len(tokens) != len(labels)
+        or not all(map(len, tokens))
+        or not labels
+    ):
+        raise ValueError(
+            f"{len(tokens)} and {len(activations)} lists of pieces for {len(labels)} labels: give "
+            "at least one piece for each label, with an activation for each token."
+        )
+    if not all(isfinite(value) for latent in activations for piece in latent for value in piece):
+        raise ValueError("activations hold NaN or infinite entries: a colour needs a number.")
+    props = {
+        "tokens": [[[[_inert(visible(t)) for t in piece] for piece in each] for each in tokens]],
+        "activations": [[[list(piece) for piece in each] for each in activations]],
+        "zerothDimensionName": "Hook point",
+        "firstDimensionName": "Latent",
+        "zerothDimensionLabels": [name],
+        "firstDimensionLabels": list(labels),
+    }
+    return TokenView("TopkSamples", props)
 
 
 def attention(
