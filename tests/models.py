@@ -11,14 +11,19 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
+
+import bilinear_lens as bl
+from bilinear_lens.models.checkpoints import built_in
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37,
@@ -84,3 +89,16 @@ def loaded_with_report(folder) -> tuple[Any, dict[str, Any]]:
     """A saved model, and which weights its folder had too many or too few."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     return loaded
+
+
+def reading_model(seed: int = 0) -> Any:
+    """A small random bilinear model, hooked, that can read text."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(built_in("stories260k"))
+    config = LlamaConfig(**{**SIZES, "vocab_size": 512}, **LINEAR, mlp_bias=True)
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return bl.HookedBilinearTransformer.from_hf(model, tokenizer)

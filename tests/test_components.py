@@ -9,7 +9,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, StableLmConfig
 
 import bilinear_lens as bl
-from bilinear_lens.analysis.ablation import Hooks
+from bilinear_lens.models.activations import Hooks
 
 FORMS = ("raw", "unfolded", "folded")
 architectures = pytest.mark.parametrize("name", CONFIGS)

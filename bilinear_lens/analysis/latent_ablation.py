@@ -154,7 +154,7 @@ def _as_many_others(
     return others & (order < inside.sum(1, keepdim=True))
 
 
-def _row(found: np.ndarray, n_bootstrap: int, seed: int) -> dict[str, float]:
+def _row(found: np.ndarray, n_bootstrap: int, seed: int) -> dict[str, float | int]:
     window_of, output, change, predicted, still = found
     if not len(change):
         names = ("output", "change", "change_low", "change_high", "predicted", "correlation")
@@ -167,11 +167,11 @@ def _row(found: np.ndarray, n_bootstrap: int, seed: int) -> dict[str, float]:
     varies = len(change) > 2 and change.std() > 0 and predicted.std() > 0
     return {
         "n_tokens": len(change),
-        "output": output.mean(),
-        "change": change.mean(),
-        "change_low": low,
-        "change_high": high,
-        "predicted": predicted.mean(),
-        "correlation": np.corrcoef(change, predicted)[0, 1] if varies else np.nan,
-        "still_active": still.mean(),
+        "output": float(output.mean()),
+        "change": float(change.mean()),
+        "change_low": float(low),
+        "change_high": float(high),
+        "predicted": float(predicted.mean()),
+        "correlation": float(np.corrcoef(change, predicted)[0, 1]) if varies else np.nan,
+        "still_active": float(still.mean()),
     }

@@ -20,6 +20,7 @@ from bilinear_lens.tensor import BilinearTensor
 
 TAIL = 0.1
 """Of the tokens at which a latent is active, the share with the largest activations."""
+KS = (1, 2, 8, 32, 64)
 LATENTS = 256
 """At most so many are taken by default."""
 
@@ -31,7 +32,7 @@ def latent_prediction(
     text: Sequence[str],
     *,
     latents: Sequence[int] | None = None,
-    ks: Sequence[int] = (1, 2, 8, 32, 64),
+    ks: Sequence[int] | None = None,
     least_active: int = 100,
     window: int = 128,
     n_bootstrap: int = 1000,
@@ -54,6 +55,7 @@ def latent_prediction(
         outputs: of `blocks.{layer}.mlp.hook_out` or `hook_mlp_out`.
         text: documents that neither was trained on.
         latents: which; otherwise 256 drawn at random of those that are active often enough.
+        ks: numbers of eigenvectors; by default 1, 2, 8, 32 and 64, if there are as many.
         least_active: leave out latents that are active at fewer tokens.
         window: tokens that the model reads at a time, at most its context.
         n_bootstrap: resamples, of windows of text and of latents, for the 95 % intervals.
@@ -78,7 +80,7 @@ def latent_prediction(
         )
     tensor = model.bilinear_tensor(layer)
     most = min(2 * tensor.rank, tensor.left.shape[1])
-    ks = sorted(set(ks))
+    ks = [k for k in KS if k <= most] if ks is None else sorted(set(ks))
     if not ks or ks[0] < 1 or ks[-1] > most:
         raise ValueError(f"ks={ks} must lie between 1 and the {most} eigenvectors there are.")
     if n_bootstrap < 1 or window < 1:

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from bilinear_lens.basis import Basis
 from bilinear_lens.models import sae_layouts
-from bilinear_lens.models.activations import Hooks, replacing
+from bilinear_lens.models.activations import Hooks, activations_at, replacing
 from bilinear_lens.models.checkpoints import subfolder_of, write_folder
 
 Activation = Literal["topk", "signed_topk", "relu", "jumprelu"]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,24 +16,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from bilinear_lens.models.activations import Hooks, activations_at
 from bilinear_lens.models.checkpoints import write_folder
 from bilinear_lens.models.saes import SparseAutoencoder
+from bilinear_lens.models.transcoder import BilinearTranscoder
 from bilinear_lens.training.card import made_by
 from bilinear_lens.training.text import pack
 
-
-class Reconstructs(Protocol):
-    """A `SparseAutoencoder` or a `BilinearTranscoder`."""
-
-    @property
-    def hook_in(self) -> str: ...
-    @property
-    def hook_out(self) -> str: ...
-    def __call__(self, x: Tensor) -> Tensor: ...
-    def hooks(self) -> Hooks: ...
-    def check_model(self, model: TransformerBridge) -> None: ...
-    def save_pretrained(self, path: str | Path) -> None: ...
-
-
-Made = TypeVar("Made", bound=Reconstructs)
+Reconstructs = SparseAutoencoder | BilinearTranscoder
+Made = TypeVar("Made", SparseAutoencoder, BilinearTranscoder)
 
 
 @dataclass(frozen=True, eq=False)
