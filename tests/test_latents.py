@@ -151,6 +151,16 @@ def test_examples_are_the_largest_of_all_text(model, around):
     assert compared > 12
 
 
+def test_examples_that_tie_are_whole(model):
+    """Text that repeats, so that later batches have the very activations of earlier ones."""
+    found = bl.latent_examples(
+        model, before(k=2), [TEXT[0]] * 9, n=4, around=3, window=32, batch=64
+    )
+    for latent in (found.active > 0).nonzero().flatten().tolist():
+        for example in found.of(latent):
+            assert example.activations[example.peak] == max(example.activations) > 0
+
+
 def test_examples_of_some_latents_are_those_of_all(model):
     sae = before()
     some = bl.latent_examples(model, sae, TEXT, latents=[7, 2], n=4, window=32)

@@ -142,7 +142,8 @@ def latent_examples(
         peaks, at = acts.max(1)  # of each window
         peaks, at = peaks.mT, at.mT
         top = peaks.topk(min(n, len(acts)), dim=1)
-        latent, place = (top.values > best[:, -1:]).nonzero().unbind(1)
+        larger = top.values > best[:, -1:]
+        latent, place = larger.nonzero().unbind(1)
         which = top.indices[latent, place]
         spread = at[latent, which][:, None] + torch.arange(-around, around + 1)
         inside = (spread >= 0) & (spread < acts.shape[1])
@@ -151,7 +152,7 @@ def latent_examples(
         new_ids[latent, place] = tokens[which[:, None], spread].masked_fill(~inside, -1)
         new_acts = torch.zeros(new_ids.shape)
         new_acts[latent, place] = acts[which[:, None], spread, latent[:, None]] * inside
-        both = torch.cat([best, top.values], dim=1)
+        both = torch.cat([best, top.values.where(larger, -1.0)], dim=1)
         best, order = both.topk(n, dim=1)
         order = order[..., None].expand(-1, -1, length)
         ids = torch.cat([ids, new_ids], dim=1).gather(1, order)
@@ -159,7 +160,7 @@ def latent_examples(
     return LatentExamples(
         sae=sae,
         latents=chosen,
-        values=best.clamp(min=0),
+        values=best,
         ids=ids,
         activations=kept,
         active=active,

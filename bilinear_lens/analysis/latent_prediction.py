@@ -90,30 +90,32 @@ def latent_prediction(
     chosen = _chosen(outputs, found, latents, least_active, seed)
     acts = found.dense(chosen, len(x))
     seen = coordinates(x.to(tensor.left), tensor.d_in, tensor.affine).cpu()
-    spectra = tensor.eigh(directions[chosen].to(tensor.left), ks[-1])
-    generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
+    other = _others(chosen, outputs.n_latents, rng)
+    spectra, of_others = (
+        tensor.eigh(directions[rows].to(tensor.left), ks[-1]) for rows in (chosen, other)
+    )
+    generator = torch.Generator().manual_seed(seed)
     size = windows.shape[1]
     weights = rng.multinomial(
         len(windows), np.full(len(windows), 1 / len(windows)), size=n_bootstrap
     )
     weights = torch.from_numpy(np.concatenate([np.ones((1, len(windows))), weights]))
     measured: dict[tuple[str, str], list[Tensor]] = {}
-    before = _by_eigenvectors(spectra, len(chosen) - 1, seen, ks) + outputs.constants[chosen[-1]]
     for row, latent in enumerate(tqdm(chosen, desc="Predicting", leave=False)):
         constant = outputs.constants[latent].cpu()
         ours = _by_eigenvectors(spectra, row, seen, ks) + constant
+        theirs = _by_eigenvectors(of_others, row, seen, ks) + outputs.constants[other[row]].cpu()
         drawn = _by_random(tensor, directions[latent], seen, ks, generator) + constant
         actual = acts[:, row]
         for tokens, mask in _masks(actual).items():
             for name, predicted in (
                 ("eigenvectors", ours),
-                ("shuffled", before),
+                ("shuffled", theirs),
                 ("random", drawn),
             ):
                 sums = _sums(predicted, actual, mask, size)
                 measured.setdefault((tokens, name), []).append(_scores(weights, sums))
-        before = ours
     rows = []
     draws = rng.integers(len(chosen), size=(n_bootstrap, len(chosen)))
     for (tokens, name), scores in measured.items():
@@ -180,6 +182,12 @@ def _chosen(
         )
     order = torch.randperm(len(often), generator=torch.Generator().manual_seed(seed))[:LATENTS]
     return sorted(often[order].tolist())
+
+
+def _others(chosen: Sequence[int], n_latents: int, rng: np.random.Generator) -> list[int]:
+    """For each latent another one of the SAE, if it has one."""
+    steps = rng.integers(1, max(2, n_latents), size=len(chosen))
+    return [int(i) for i in (np.array(chosen) + steps) % n_latents]
 
 
 def _by_eigenvectors(
