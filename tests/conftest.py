@@ -1,6 +1,8 @@
 """What several test files share."""
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 
 import jaxtyping
@@ -24,3 +26,20 @@ def as_users() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command line in a folder of its own; gives exit code, output and errors."""
+    from bilinear_lens import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bilinear-lens", *shlex.split(line)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return command

@@ -1,7 +1,6 @@
 """The commands: what they print and write, and errors as one line with exit code 2."""
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,21 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import bilinear_lens as bl
 from bilinear_lens import cli
 from bilinear_lens.analysis.overview import overview
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a command line in a folder of its own; gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bilinear-lens", *shlex.split(line)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return command
 
 
 def test_the_demo_shows_a_table_its_proof_and_a_page(run, tmp_path, monkeypatch):
@@ -262,12 +246,17 @@ def test_errors_are_one_line_with_exit_code_2(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "info", "explain", "convert", "push", "train", "train language"]
+    "command",
+    [
+        *("", "demo", "info", "explain", "convert", "push"),
+        *("train", "train language", "train sae", "train transcoder"),
+        *("features", "features list", "features show", "features predict", "features browse"),
+    ],
 )
 def test_help_teaches(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0 and "Usage: bilinear-lens" in out
-    if command in ("explain", "train language"):
+    if command == "explain" or " " in command:
         assert "Example: bilinear-lens" in out
 
 

@@ -26,6 +26,9 @@ WORDS = 5
 """Tokens that tell what a latent means."""
 ORDERS = ("kurtosis", "outliers", "effective_rank", "top_2", "self_share", "deviations")
 
+SHOWN = ["latent", "effective_rank", "top_2", "kurtosis", "outliers", "a", "b", "deviations"]
+"""Columns in the terminal: what says how concentrated a latent's interactions are."""
+
 ModelArgument = Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")]
 SaesArgument = Annotated[
     str, typer.Argument(help="A folder or Hub id with SAEs, or tinystories-4l-saes.")
@@ -73,7 +76,7 @@ def list_latents(
         hooked, inputs=before, outputs=behind, side=side, memory=round(memory * 2**30)
     )
     table = table.sort_values(by, ascending=by == "effective_rank", ignore_index=True)
-    _print(table.head(limit))
+    _print(table[SHOWN].head(limit))
     if out is not None:
         table.to_csv(out, index=False)
         console.print(f"Wrote {escape(str(out.resolve()))}")
@@ -128,7 +131,13 @@ def predict(
     documents, _ = _documents(text)
     hooked = bl.HookedBilinearTransformer.from_pretrained(model, tokenizer=tokenizer)
     behind = bl.SparseAutoencoder.from_pretrained(saes, outputs or f"blocks.{layer}.mlp.hook_out")
-    _print(bl.latent_prediction(hooked, behind, documents))
+    curve = bl.latent_prediction(hooked, behind, documents)
+    for score in ("correlation", "r2"):
+        bounds = (curve.pop(f"{score}_{end}") for end in ("low", "high"))
+        numbers = zip(curve[score], *bounds, strict=True)
+        curve[score] = [f"{each:.3f} ({low:.3f} to {high:.3f})" for each, low, high in numbers]
+    console.print(f"{curve.pop('n_latents').iloc[0]} latents of {behind.hook_out}, 95 % intervals")
+    _print(curve)
 
 
 @app.command()
@@ -188,6 +197,7 @@ def _meaning(examples: bl.LatentExamples, latent: int) -> str:
 def _print(rows: pd.DataFrame) -> None:
     table = Table(*map(str, rows.columns), box=None, header_style="bold")
     for row in rows.itertuples(index=False):
-        cells = (f"{each:.4g}" if isinstance(each, float) else str(each) for each in row)
+        numbers = (f"{each:.4g}" if isinstance(each, float) else str(each) for each in row)
+        cells = ("" if each == "nan" else each for each in numbers)
         table.add_row(*map(escape, cells))
     console.print(table)

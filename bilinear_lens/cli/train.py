@@ -350,5 +350,6 @@ def _print_reconstruction(name: str, measured: Reconstruction) -> None:
     console.print(
         f"{escape(name)}: normalised MSE {measured.nmse:.4f}, variance explained "
         f"{measured.variance_explained:.4f}, loss recovered {measured.recovered:.4f}, added "
-        f"{measured.added:.4f}{latents}"
+        f"{measured.added:.4f}{latents}",
+        soft_wrap=True,
     )
