@@ -250,7 +250,7 @@ def latent_directions(
         raise ValueError("A transcoder's encoder reads the MLP's input: take side='decoder'.")
     sae.check_model(model)
     basis = sae.encoder_basis if side == "encoder" else sae.decoder_basis
-    directions = basis.directions
+    directions = basis.directions.to(str(model.cfg.device))
     if sae.hook_out.endswith("hook_mlp_out"):
         directions = directions * model.output_gain(layer)
     return directions

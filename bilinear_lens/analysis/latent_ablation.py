@@ -1,6 +1,7 @@
 """Is a circuit of latents true? Take latents before an MLP out of the running model and measure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -72,8 +73,11 @@ def latent_effects(
         ValueError: if a latent is out of range, the text does not fill a window, or no group is
             active where the output is.
     """
-    sae, basis = features.inputs, latent_basis(model, features.inputs)
-    tensor, direction = model.bilinear_tensor(basis.layer), features.direction
+    device = str(model.cfg.device)
+    sae, basis = features.inputs.to(device), latent_basis(model, features.inputs)
+    if features.outputs is not None:
+        features = replace(features, outputs=features.outputs.to(device))
+    tensor, direction = model.bilinear_tensor(basis.layer), features.direction.to(device)
     if groups is None:
         important = [int(i) for i in features.latents["latent"]]
         groups = {f"latent {i}": [i] for i in important} | {"all of these": important}

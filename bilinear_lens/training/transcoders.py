@@ -117,7 +117,7 @@ def train_transcoders(
         data_seed=recipe.seed,
         save_steps=max(1, steps // 10),
         save_total_limit=2,
-        logging_steps=max(1, steps // 100),
+        logging_steps=max(1, steps // 10),
         report_to="none",
     )
     train(
