@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,6 +13,8 @@ from test_browser import browser, faults, requests, show  # noqa: F401 - a fixtu
 from test_features import N_OUT, before, behind
 
 import bilinear_lens as bl
+from bilinear_lens.analysis.feature_summary import feature_summary
+from bilinear_lens.analysis.latent_prediction import latent_prediction
 from bilinear_lens.cli import features as commands
 from bilinear_lens.pages.features import feature_browser
 from bilinear_lens.views import features as views
@@ -62,7 +65,7 @@ def test_pages_say_what_was_found_and_every_link_leads_somewhere(model, pages):
     for latent in (2, 4):
         html = (pages / "out" / f"{latent}.html").read_text()
         found = bl.feature_interactions(model, latent, inputs=before(), outputs=behind(), k=3)
-        cross = found.pairs[found.pairs["kind"] == "cross"]
+        cross: Any = found.pairs[found.pairs["kind"] == "cross"]
         for row in cross.itertuples():
             assert f"../in/{row.a}.html" in html and f"../in/{row.b}.html" in html
             assert f"{row.interaction:+.3g}".replace("-", "&minus;") in html
@@ -165,9 +168,7 @@ def test_features_are_listed_and_shown(run, tmp_path, monkeypatch):
     seen = {}
 
     def few(*args, **kwargs):
-        seen["table"] = bl.analysis.feature_summary.feature_summary(
-            *args, **kwargs, latents=[156, 3, 7]
-        )
+        seen["table"] = feature_summary(*args, **kwargs, latents=[156, 3, 7])
         return seen["table"]
 
     monkeypatch.setattr(commands.bl, "feature_summary", few)
@@ -193,7 +194,7 @@ def test_features_are_listed_and_shown(run, tmp_path, monkeypatch):
 
 def test_predictions_are_printed(run, monkeypatch):
     def few(model, outputs, documents):
-        return bl.analysis.latent_prediction.latent_prediction(
+        return latent_prediction(
             model, outputs, documents[:12], latents=[156], ks=[1, 8], n_bootstrap=5, least_active=5
         )
 

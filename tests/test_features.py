@@ -1,6 +1,8 @@
 """Interactions between latents, against the dense matrix of all of them, and as a law of sums."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -83,7 +85,8 @@ def test_listed_pairs_are_those_of_the_dense_matrix(name):
     dense = inputs.decoder @ q @ inputs.decoder.mT
     total = dense.square().sum()
 
-    cross = found.pairs[found.pairs["kind"] == "cross"]
+    pairs: Any = found.pairs
+    cross = pairs[pairs["kind"] == "cross"]
     upper = dense.triu(1).flatten()
     top = upper.abs().topk(k).indices
     torch.testing.assert_close(
@@ -94,13 +97,13 @@ def test_listed_pairs_are_those_of_the_dense_matrix(name):
         torch.tensor(cross["share"].to_numpy()).float(), 2 * upper[top] ** 2 / total
     )
 
-    own = found.pairs[found.pairs["kind"] == "self"]
+    own = pairs[pairs["kind"] == "self"]
     diagonal = dense.diagonal()
     assert own["a"].tolist() == diagonal.abs().topk(k).indices.tolist() == own["b"].tolist()
     assert found.self_share == pytest.approx((diagonal.square().sum() / total).item(), rel=1e-4)
     assert found.listed == pytest.approx(cross["share"].sum() + own["share"].sum())
 
-    constant = found.pairs[found.pairs["kind"] == "constant"]
+    constant = pairs[pairs["kind"] == "constant"]
     whole = tensor.interaction(outputs.encoder[latent])
     offset = torch.cat([inputs.decoder_bias, torch.ones(int(tensor.affine))])
     linear = (inputs.decoder @ whole[:D]) @ offset
@@ -126,7 +129,7 @@ def test_the_sum_over_all_pairs_is_what_the_layer_writes(model):
         2 * value * f[a] * f[b]
         for a, b, value in zip(*(each.tolist() for each in everything), strict=True)
     )
-    rows = found.pairs[found.pairs["kind"] != "cross"]
+    rows: Any = found.pairs[found.pairs["kind"] != "cross"]
     rest = sum(
         row.interaction * f[row.a] * (2.0 if row.kind == "constant" else f[row.a])
         for row in rows.itertuples()
@@ -140,8 +143,8 @@ def test_the_sum_over_all_pairs_is_what_the_layer_writes(model):
 def test_an_sae_of_the_residual_stream_is_read_through_the_norm():
     """Up to the norm's scale, which squares; also where the gain was not folded."""
     tokens = some_tokens()
-    for options in ({}, {"fold": False}):
-        model = hooked(**options)
+    for fold in (True, False):
+        model = hooked(fold=fold)
         inputs, outputs = before(f"blocks.{LAYER}.hook_resid_mid"), behind()
         _, cache = model.run_with_cache(tokens)
         resid = cache[inputs.hook_in]
@@ -221,7 +224,7 @@ def test_a_summary_is_that_of_the_dense_matrices(name, monkeypatch):
     monkeypatch.setattr(summaries, "COLUMNS", 16)
     monkeypatch.setattr(summaries, "OUTLIER", 3.0)  # of few latents none is ten deviations off
     model, inputs, outputs = hooked(name), before(), behind()
-    table = bl.feature_summary(model, inputs=inputs, outputs=outputs)
+    table: Any = bl.feature_summary(model, inputs=inputs, outputs=outputs)
     assert table["latent"].tolist() == list(range(N_OUT)) and table["outliers"].sum() > 0
     basis = latent_basis(model, inputs).directions
     for row in table.to_dict("records"):
@@ -245,7 +248,7 @@ def test_a_planted_interaction_stands_out():
     left, right = 0.05 * torch.randn(2, 20, d)
     left[0], right[0] = 4 * latents[3], 4 * latents[50]
     tensor = bl.BilinearTensor(left, right, torch.eye(2, 20))
-    table = summaries.summarize_interactions(tensor, torch.eye(2), latents)
+    table: Any = summaries.summarize_interactions(tensor, torch.eye(2), latents)
     assert {table["a"][0], table["b"][0]} == {3, 50}
     assert table["kurtosis"][0] > 10 * max(1, table["kurtosis"][1])
     assert table["top_2"][0] > 0.9
@@ -280,5 +283,19 @@ def test_a_transcoder_is_no_basis_of_what_an_mlp_reads(model):
 
 
 def test_too_little_memory_is_said_before_work(model):
-    with pytest.raises(ValueError, match="is too little"):
+    """And what is asked for is enough."""
+    with pytest.raises(ValueError, match="memory=1000 bytes is too little") as refused:
         bl.feature_summary(model, inputs=before(), outputs=behind(), memory=1000)
+    (needed,) = re.findall(r"at least (\d+)", str(refused.value))
+    with pytest.raises(ValueError, match="is too little"):
+        bl.feature_summary(model, inputs=before(), outputs=behind(), memory=int(needed) - 1)
+    assert (
+        len(bl.feature_summary(model, inputs=before(), outputs=behind(), memory=int(needed))) == 7
+    )
+
+
+def test_a_latent_without_a_direction_is_named_before_work(model):
+    outputs = behind()
+    outputs.encoder[4] = 0
+    with pytest.raises(ValueError, match=r"directions \[4\] are zero"):
+        bl.feature_summary(model, inputs=before(), outputs=outputs)

@@ -1,11 +1,12 @@
 """Latents on text: how eigenvectors predict them, where they are active, what is lost without."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import reading_model
+from models import CONFIGS, random_model, reading_model
 from test_features import LAYER, N_IN, N_OUT, D, before, behind
 
 import bilinear_lens as bl
@@ -36,7 +37,7 @@ def curve(model, outputs, **options):
 def test_all_eigenvectors_predict_exactly_and_few_of_another_latent_do_not(model):
     """Biases of the MLP and the SAE included: the law, and its negative controls."""
     outputs = behind(k=2)
-    table = curve(model, outputs, ks=[1, 4, D + 1]).set_index(["tokens", "predictor", "k"])
+    table: Any = curve(model, outputs, ks=[1, 4, D + 1]).set_index(["tokens", "predictor", "k"])
     for tokens in ("active", "tail"):
         for predictor in ("eigenvectors", "random"):
             row = table.loc[(tokens, predictor, D + 1)]
@@ -79,7 +80,7 @@ def test_a_prediction_is_that_of_the_top_eigenvectors(model):
 
 
 def test_intervals_cover_latents_and_text(model):
-    """They are those of a bootstrap by hand, of the same draws, and shrink with one latent less."""
+    """They hold the mean, and are about as wide as the spread of the latents makes them."""
     outputs = behind(k=3)
     wide = curve(model, outputs, ks=[2], n_bootstrap=400)
     row = wide.query("tokens == 'active' and predictor == 'eigenvectors'").iloc[0]
@@ -171,6 +172,32 @@ def test_examples_of_some_latents_are_those_of_all(model):
         some.of(3)
 
 
+def test_raw_top_k_may_be_most_active_below_zero(model):
+    sae = before(activation="signed_topk", encoder_bias=torch.full((N_IN,), -1e3), k=N_IN)
+    found = bl.latent_examples(model, sae, TEXT, n=2, window=32)
+    first = found.of(3)[0]
+    assert first.activations[first.peak] == min(first.activations) < 0
+
+
+def test_a_norm_behind_the_mlp_is_refused_and_a_transcoder_read_where_it_reads(model):
+    gemma = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["gemma2-tied"]))
+    normed = behind(f"blocks.{LAYER}.hook_mlp_out")
+    found = bl.feature_interactions(gemma, 2, inputs=before(), outputs=normed)
+    with pytest.raises(ValueError, match="norms what its MLPs write"):
+        bl.latent_effects(gemma, found, TEXT)
+    with pytest.raises(ValueError, match="norms what its MLPs write"):
+        bl.latent_prediction(gemma, normed, TEXT)
+    transcoder = behind(hook_in=f"blocks.{LAYER}.mlp.hook_in", centred=False, k=2)
+    found = bl.feature_interactions(
+        model, 2, inputs=before(), outputs=transcoder, side="decoder", n_latents=3
+    )
+    acts = transcoder.encode(activations(model, transcoder.hook_in))[..., 2]
+    inside = before().encode(activations(model, transcoder.hook_in))
+    often = int((inside[acts != 0] != 0).sum(0).argmax())
+    rows: Any = bl.latent_effects(model, found, TEXT, {"x": [often]}, window=32, n_bootstrap=5)
+    assert rows["n_tokens"][0] == ((acts != 0) & (inside[..., often] != 0)).sum() > 0
+
+
 def test_a_dead_latent_is_said_to_be_dead(model):
     bias = before().encoder_bias.clone()
     bias[5] = -1e6
@@ -245,12 +272,12 @@ def test_predicted_changes_are_exact_where_the_sae_reconstructs(model):
         k=None,
     )
     found = bl.feature_interactions(model, 2, inputs=inputs, outputs=behind(), n_latents=2)
-    table = bl.latent_effects(model, found, TEXT, window=32, n_bootstrap=5)
+    table: Any = bl.latent_effects(model, found, TEXT, window=32, n_bootstrap=5)
     for row in table.to_dict("records"):
         assert row["change"] == pytest.approx(row["predicted"], rel=1e-3, abs=1e-4)
         assert row["correlation"] == pytest.approx(1, abs=1e-4)
     lossy = bl.feature_interactions(model, 2, inputs=before(), outputs=behind(), n_latents=2)
-    rows = bl.latent_effects(model, lossy, TEXT, window=32, n_bootstrap=5)
+    rows: Any = bl.latent_effects(model, lossy, TEXT, window=32, n_bootstrap=5)
     assert len(rows["correlation"].dropna()) > 2 and rows["correlation"].max() < 0.999
 
 

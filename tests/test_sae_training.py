@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import reading_model
+from models import gated as gated_config
+from models import random_model, reading_model
 from test_features import before, behind
 from torch.nn import functional
+from transformers import GPT2Config
 
 import bilinear_lens as bl
 from bilinear_lens.models.bridges import load_bridge
@@ -45,6 +47,7 @@ def test_saes_are_trained_measured_and_saved(model, trained):
     assert not Path(f"{out}.checkpoints").exists()
     card = (out / "README.md").read_text()
     figures = json.loads((out / "metrics.json").read_text())
+    other = reading_model(seed=1)
     for hook, each in made.items():
         read = bl.SparseAutoencoder.from_pretrained(out, hook)
         assert torch.equal(read.encoder, each.made.encoder) and read.hook_in == hook
@@ -55,10 +58,9 @@ def test_saes_are_trained_measured_and_saved(model, trained):
         assert f"| `{hook}` | {again.nmse:.4f}" in card
         norms = read.decoder.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-2, atol=1e-2)
+        with pytest.raises(ValueError, match="another model"):
+            read.check_model(other)
     assert "bilinear-lens train sae" in card and "tokens of stories" in card
-    other = reading_model(seed=1)
-    with pytest.raises(ValueError, match="another model"):
-        read.check_model(other)
 
 
 def test_training_learns(model, tmp_path):
@@ -147,6 +149,19 @@ def test_a_run_that_was_killed_resumes_to_the_same_saes(model, tmp_path, monkeyp
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_that_was_killed_after_its_last_step_resumes(model, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise Killed
+
+    whole = train(model, tmp_path / "whole", HOOKS[0])
+    monkeypatch.setattr(saes, "save_trained", killed)
+    with pytest.raises(Killed):
+        train(model, tmp_path / "cut", HOOKS[0])
+    monkeypatch.undo()
+    resumed = train(model, tmp_path / "cut", HOOKS[0], resume=True)
+    assert torch.equal(resumed[HOOKS[0]].made.encoder, whole[HOOKS[0]].made.encoder)
+
+
 def test_the_extra_that_is_missing_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sparsify", None)
     with pytest.raises(ValueError, match=r"pip install 'bilinear-lens\[sae\]'"):
@@ -222,16 +237,47 @@ def test_any_model_is_hooked_and_folded(gated):
     torch.testing.assert_close(gated(tokens).log_softmax(-1), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_what_transformerlens_computes_otherwise_is_refused(activation, tmp_path):
+    """It takes gates' activations that it does not know for SiLU, once weights are folded."""
+    random_model(gated_config("llama", hidden_act=activation)).save_pretrained(tmp_path / "x")
+    if activation == "relu":
+        assert load_bridge(tmp_path / "x").cfg.n_layers == 3
+        return
+    with pytest.raises(ValueError, match="does not compute what x does"):
+        load_bridge(tmp_path / "x")
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_plain_model_keeps_its_activations(fold, tmp_path):
+    """Of GPT-2: what its MLPs write is what Hugging Face's write, whether folded or not."""
+    config = GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=32)
+    config.bos_token_id = config.eos_token_id = 0
+    random_model(config).save_pretrained(tmp_path / "x")
+    hf, _ = bl.load_checkpoint(tmp_path / "x")
+    module = hf.get_submodule("transformer.h.1.mlp")
+    seen = {}
+    module.register_forward_hook(lambda m, inputs, out: seen.update(read=inputs[0], out=out))
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        hf(input_ids=tokens)
+    bridge = load_bridge(tmp_path / "x", fold=fold)
+    _, cache = bridge.run_with_cache(tokens)
+    torch.testing.assert_close(cache["blocks.1.mlp.hook_out"], seen["out"], rtol=1e-3, atol=1e-4)
+    same = torch.allclose(cache["blocks.1.mlp.hook_in"], seen["read"], rtol=1e-3, atol=1e-4)
+    assert same != fold  # the norm's gain went into the weights
+
+
 def test_a_transcoder_of_a_bilinear_mlp_learns_what_it_computes(tmp_path):
     """Of the same rank, it can be exact; of a product less, or with a gate that is none, not."""
     model = load_bridge("stories260k-bilinear")
     made = bl.train_transcoders(
         model,
-        STORIES[:60],
+        STORIES[:40],
         out=tmp_path / "new",
         held_out=HELD_OUT,
         layers=[2],
-        recipe=bl.TranscoderRecipe(epochs=4, batch_size=4, window=64, learning_rate=1e-2),
+        recipe=bl.TranscoderRecipe(epochs=3, batch_size=4, window=64, learning_rate=1e-2),
     )["blocks.2.mlp"]
     assert made.reconstruction.variance_explained > 0.6
     assert made.reconstruction.recovered > 0.5

@@ -10,7 +10,8 @@ from models import CONFIGS, random_model, some_tokens
 from safetensors.torch import load_file, save_file
 
 import bilinear_lens as bl
-from bilinear_lens.models.saes import embedding_digest
+from bilinear_lens.models import sae_layouts
+from bilinear_lens.models.saes import embedding_digest, model_digest
 
 N, D = 11, 24
 
@@ -43,6 +44,9 @@ KINDS = {
     "saelens jumprelu": sae(activation="jumprelu", k=None, threshold=torch.rand(N)),
     "saelens jumprelu transcoder": sae(
         activation="jumprelu", k=None, threshold=torch.rand(N), **TRANSCODER
+    ),
+    "saelens jumprelu skip transcoder": sae(
+        activation="jumprelu", k=None, threshold=torch.rand(N), **TRANSCODER, skip=SKIP
     ),
     "saelens skip transcoder": sae(activation="relu", k=None, **TRANSCODER, skip=SKIP),
     "authors": sae(
@@ -159,10 +163,10 @@ def test_saelens_formulas(tmp_path):
 @pytest.mark.parametrize(
     ("module", "transcode", "hooks"),
     [
-        ("layers.5.mlp", False, ("blocks.5.hook_mlp_out",) * 2),
-        ("h.5.mlp", True, ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")),
+        ("layers.5.mlp", False, ("blocks.5.mlp.hook_out",) * 2),
+        ("h.5.mlp", True, ("blocks.5.mlp.hook_in", "blocks.5.mlp.hook_out")),
         ("gpt_neox.layers.5", False, ("blocks.5.hook_resid_post",) * 2),
-        ("layers.5.self_attn", False, ("blocks.5.hook_attn_out",) * 2),
+        ("layers.5.self_attn", False, ("blocks.5.attn.hook_out",) * 2),
         ("embed_tokens", False, ("hook_embed",) * 2),
         ("blocks.5.hook_resid_mid", False, ("blocks.5.hook_resid_mid",) * 2),
     ],
@@ -176,6 +180,39 @@ def test_the_hook_point_of_a_hugging_face_module(module, transcode, hooks, tmp_p
     (tmp_path / module / "cfg.json").write_text(json.dumps(config))
     read = bl.SparseAutoencoder.from_pretrained(tmp_path / module)
     assert (read.hook_in, read.hook_out) == hooks
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-tied"])
+@pytest.mark.parametrize("module", ["layers.1.mlp", "layers.1.self_attn", "layers.1"])
+def test_a_modules_output_is_the_activation_at_its_hook_point(name, module):
+    """Also where an architecture norms what attention and MLPs write."""
+    hf = random_model(CONFIGS[name])
+    seen = []
+    handle = hf.get_submodule(f"model.{module}").register_forward_hook(
+        lambda m, inputs, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        hf(input_ids=some_tokens())
+    handle.remove()
+    _, cache = bl.HookedBilinearTransformer.from_hf(hf).run_with_cache(some_tokens())
+    hook = sae_layouts.hook_of_module(module)
+    torch.testing.assert_close(cache[hook], seen[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_saelens_calls_transcoders(tmp_path):
+    for kind, name in [
+        ("saelens jumprelu skip transcoder", "jumprelu_skip_transcoder"),
+        ("saelens jumprelu transcoder", "jumprelu_transcoder"),
+        ("saelens skip transcoder", "skip_transcoder"),
+    ]:
+        KINDS[kind].save_pretrained(tmp_path / name, layout="saelens")
+        assert json.loads((tmp_path / name / "cfg.json").read_text())["architecture"] == name
+
+
+def test_another_hook_point_is_taken_on_both_sides(tmp_path):
+    sae().save_pretrained(tmp_path / "one")
+    read = bl.SparseAutoencoder.from_pretrained(tmp_path / "one", hook="blocks.1.hook_resid_mid")
+    assert read.hook_in == read.hook_out == "blocks.1.hook_resid_mid" and not read.is_transcoder
 
 
 def test_bases_and_constants_are_what_encoding_and_decoding_are_made_of():
@@ -215,6 +252,10 @@ def test_files_that_are_not_supported_are_refused_by_name(tmp_path):
     refused(tmp_path / "empty", "no folder 'other'; it has", subfolder="other")
     with pytest.raises(KeyError, match="tinystories-4l-saes"):
         bl.SparseAutoencoder.from_pretrained("nothing")
+    KINDS["sparsify"].save_pretrained(tmp_path / "signed")
+    early = json.loads((tmp_path / "signed" / "cfg.json").read_text())
+    (tmp_path / "signed" / "cfg.json").write_text(json.dumps({**early, "signed": True}))
+    refused(tmp_path / "signed", "signed=True")
     KINDS["saelens topk"].save_pretrained(tmp_path / "lens", layout="saelens")
     written = json.loads((tmp_path / "lens" / "cfg.json").read_text())
     for change, match in [
@@ -230,6 +271,7 @@ def test_files_that_are_not_supported_are_refused_by_name(tmp_path):
     for change, match in [
         ({"bilinear_encoder": True}, "bilinear_encoder"),
         ({"point": ["somewhere", 1]}, "mlp_in"),
+        ({"point": "mlp-out"}, "a name and a layer"),
     ]:
         file.write_text(json.dumps({**written, **change}))
         refused(tmp_path / "authors", match)
@@ -311,8 +353,18 @@ def test_a_digest_is_the_models_whatever_its_dtype_and_folding():
                 fold=fold,
             )
         )
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for fold in (True, False)
     }
+    folded, raw = (
+        bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"]), fold=fold)
+        for fold in (True, False)
+    )
+    theirs = sae(model_digest=model_digest(folded, "blocks.1.mlp.hook_in"))
+    theirs.check_model(folded)
+    with pytest.raises(ValueError, match="another fold="):
+        theirs.check_model(raw)
+    at = "blocks.1.hook_resid_mid"  # before the norm both are the same
+    replace(theirs, hook_in=at, hook_out=at, model_digest=model_digest(folded, at)).check_model(raw)
     other = bl.HookedBilinearTransformer.from_hf(random_model(CONFIGS["llama"], seed=1))
     assert len(digests) == 1 and embedding_digest(other) not in digests

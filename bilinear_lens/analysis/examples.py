@@ -33,7 +33,8 @@ class LatentExamples:
     sae: SparseAutoencoder
     latents: list[int]
     values: Float[Tensor, "n_latents n"]
-    """The largest activations, one a window of text, largest first; 0 where there are no more."""
+    """The sizes of the largest activations, one a window of text, largest first; 0 where there are
+    no more."""
     ids: Int[Tensor, "n_latents n length"]
     """The tokens around each; -1 past an end of the window."""
     activations: Float[Tensor, "n_latents n length"]
@@ -139,7 +140,7 @@ def latent_examples(
         start += len(acts)
         active += (acts != 0).sum((0, 1))
         sums += acts.sum((0, 1))
-        peaks, at = acts.max(1)  # of each window
+        peaks, at = acts.abs().max(1)  # of each window
         peaks, at = peaks.mT, at.mT
         top = peaks.topk(min(n, len(acts)), dim=1)
         larger = top.values > best[:, -1:]

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.features import latent_basis, latent_directions
+from bilinear_lens.eigensolver import TooLittleMemory
 from bilinear_lens.kernels import fast_float32
 from bilinear_lens.models.saes import SparseAutoencoder
 from bilinear_lens.models.transformer import HookedBilinearTransformer
@@ -103,7 +104,16 @@ def summarize_interactions(
     latents = latents.to(tensor.left)
     metric, total = latents.mT @ latents, latents.sum(0)
     held = latents.element_size() * (latents.numel() + 8 * ROWS * COLUMNS)
-    solver = tensor.eigensolver(1, n=1, memory=max(1, memory - held))
+    zero = (~directions.any(dim=1)).nonzero().flatten().tolist()
+    if zero:
+        raise ValueError(
+            f"The directions {zero[:10]} are zero (of {len(zero)} in all): nothing builds those "
+            "latents, leave them out."
+        )
+    try:
+        solver = tensor.eigensolver(1, n=GROUP, memory=max(1, memory - held))
+    except TooLittleMemory as error:
+        raise TooLittleMemory(memory, error.needed + held) from None
     parts, rows = [], []
     with tqdm(total=len(directions), desc="Summarising", leave=False) as bar, fast_float32():
         for group in directions.split(GROUP):

@@ -230,6 +230,20 @@ def written_layer(sae: SparseAutoencoder) -> int:
     return int(match[1])
 
 
+def check_unnormed(model: HookedBilinearTransformer, outputs: SparseAutoencoder) -> None:
+    """Refuse an SAE that reads what an MLP writes behind a norm, whose scale depends on all of it.
+
+    Raises:
+        ValueError: if there is such a norm before its hook point.
+    """
+    layer = written_layer(outputs)
+    if outputs.hook_out.endswith("hook_mlp_out") and hasattr(model.blocks[layer], "ln2_post"):
+        raise ValueError(
+            f"{model.cfg.model_name} norms what its MLPs write, by a scale that the weights do not "
+            f"know: give an SAE of blocks.{layer}.mlp.hook_out."
+        )
+
+
 def latent_directions(
     model: HookedBilinearTransformer, sae: SparseAutoencoder, *, layer: int, side: str
 ) -> Float[Tensor, "n_latents d_out"]:

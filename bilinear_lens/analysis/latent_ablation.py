@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bilinear_lens.analysis.ablation import text_windows
-from bilinear_lens.analysis.features import FeatureInteractions, latent_basis
+from bilinear_lens.analysis.features import FeatureInteractions, check_unnormed, latent_basis
 from bilinear_lens.analysis.streaming import stream
 from bilinear_lens.models.activations import Hooks
 from bilinear_lens.models.saes import SparseAutoencoder
@@ -51,8 +51,8 @@ def latent_effects(
 
     Measured at the tokens where the output latent is active (of an output that is no latent, at all
     tokens) and one of the group is: what the latents write is taken out of what the MLP reads. The
-    control takes out, at the same tokens, as many of the other latents that are active there, drawn
-    at random.
+    control takes out, at the same tokens, as many of the other latents that are active there (or
+    all, if there are fewer), drawn at random.
 
     Args:
         features: from `feature_interactions`.
@@ -76,6 +76,7 @@ def latent_effects(
     device = str(model.cfg.device)
     sae, basis = features.inputs.to(device), latent_basis(model, features.inputs)
     if features.outputs is not None:
+        check_unnormed(model, features.outputs)
         features = replace(features, outputs=features.outputs.to(device))
     tensor, direction = model.bilinear_tensor(basis.layer), features.direction.to(device)
     if groups is None:
@@ -90,8 +91,9 @@ def latent_effects(
         x = read[sae.hook_in]
         window_of = torch.arange(len(x)).repeat_interleave(x.shape[1]) + number * 10**6
         x = x.flatten(0, 1)
-        written = tensor(_into_mlp(model, basis.layer, sae, x))
-        there = _latent_active(features, written)
+        into = _into_mlp(model, basis.layer, sae, x)
+        written = tensor(into)
+        there = _latent_active(features, into, written)
         x, written, window_of = x[there], written[there], window_of.to(there.device)[there]
         acts = sae.encode(x)
         made = _into_mlp(model, basis.layer, sae, sae.decode(acts))
@@ -105,7 +107,8 @@ def latent_effects(
                 ("random", _as_many_others(acts[at], inside[at], generator)),
             ):
                 taken = (acts[at] * out) @ sae.decoder_basis.directions
-                after = tensor(_into_mlp(model, basis.layer, sae, x[at] - taken))
+                into = _into_mlp(model, basis.layer, sae, x[at] - taken)
+                after = tensor(into)
                 without = sae.decode(acts[at] * ~out)
                 predicted = tensor(_into_mlp(model, basis.layer, sae, without)) - tensor(made[at])
                 parts.setdefault((name, kind), []).append(
@@ -115,7 +118,7 @@ def latent_effects(
                             (written[at] @ direction).double(),
                             ((after - written[at]) @ direction).double(),
                             (predicted @ direction).double(),
-                            _latent_active(features, after).double(),
+                            _latent_active(features, into, after).double(),
                         ]
                     ).cpu()
                 )
@@ -141,11 +144,12 @@ def _into_mlp(
 
 
 def _latent_active(
-    features: FeatureInteractions, written: Float[Tensor, "n d_out"]
+    features: FeatureInteractions, read: Float[Tensor, "n d_in"], written: Float[Tensor, "n d_out"]
 ) -> Bool[Tensor, " n"]:
-    if features.outputs is None or features.latent is None or features.outputs.is_transcoder:
+    if features.outputs is None or features.latent is None:
         return torch.ones(len(written), dtype=torch.bool, device=written.device)
-    return features.outputs.encode(written)[:, features.latent] != 0
+    seen = read if features.outputs.is_transcoder else written
+    return features.outputs.encode(seen)[:, features.latent] != 0
 
 
 def _as_many_others(

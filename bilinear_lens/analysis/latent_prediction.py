@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.ablation import text_windows
-from bilinear_lens.analysis.features import latent_directions, written_layer
+from bilinear_lens.analysis.features import check_unnormed, latent_directions, written_layer
 from bilinear_lens.analysis.streaming import stream
 from bilinear_lens.models.saes import SparseAutoencoder
 from bilinear_lens.models.transformer import HookedBilinearTransformer
@@ -73,11 +73,7 @@ def latent_prediction(
     """
     layer = written_layer(outputs)
     directions = latent_directions(model, outputs, layer=layer, side="encoder")
-    if outputs.hook_out.endswith("hook_mlp_out") and hasattr(model.blocks[layer], "ln2_post"):
-        raise ValueError(
-            f"{model.cfg.model_name} norms what its MLPs write, by a scale that eigenvectors do "
-            f"not know: give an SAE of blocks.{layer}.mlp.hook_out."
-        )
+    check_unnormed(model, outputs)
     tensor = model.bilinear_tensor(layer)
     most = min(2 * tensor.rank, tensor.left.shape[1])
     ks = [k for k in KS if k <= most] if ks is None else sorted(set(ks))
@@ -241,6 +237,7 @@ def _scores(
     """Correlation and R^2 for each resample of windows; of the first, all stand once."""
     n, p, a, pp, aa, pa = torch.tensordot(weights, sums, dims=1).unbind(-1)
     variance = aa - a * a / n
+    variance = torch.where(variance > 1e-9 * aa, variance, torch.nan)  # rounding is no variance
     correlation = (pa - p * a / n) / ((pp - p * p / n) * variance).clamp(min=0).sqrt()
     return torch.stack([correlation, 1 - (aa - 2 * pa + pp) / variance], dim=-1)
 

@@ -76,10 +76,10 @@ def list_latents(
         hooked, inputs=before, outputs=behind, side=side, memory=round(memory * 2**30)
     )
     table = table.sort_values(by, ascending=by == "effective_rank", ignore_index=True)
-    _print(table[SHOWN].head(limit))
+    _print(table.head(limit).filter(SHOWN))
     if out is not None:
         table.to_csv(out, index=False)
-        console.print(f"Wrote {escape(str(out.resolve()))}")
+        console.print(f"Wrote {escape(str(out.resolve()))}", soft_wrap=True)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def browse(
     feature_browser(
         hooked, before, behind, documents, out, latents=latent, side=side, source=source
     )
-    console.print(f"Wrote {escape(str((out / 'index.html').resolve()))}")
+    console.print(f"Wrote {escape(str((out / 'index.html').resolve()))}", soft_wrap=True)
 
 
 def _load(

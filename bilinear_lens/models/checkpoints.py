@@ -230,7 +230,7 @@ def subfolder_of(name_or_path: str | Path, subfolder: str | None, revision: str 
     """
     folder, _ = _folder(name_or_path, revision, known=BUILT_IN_SAES, subfolder=subfolder)
     if subfolder is not None and not (folder / subfolder).is_dir():
-        there = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        there = sorted(each.name for each in folder.glob("*") if each.is_dir())
         raise ValueError(f"{folder} has no folder {subfolder!r}; it has {there}.")
     return folder / (subfolder or "")
 

@@ -21,7 +21,6 @@ _FILES = {
     "saelens": ("cfg.json", "sae_weights.safetensors"),
     "authors": ("config.json", "model.safetensors"),
 }
-_AUTHORS_FOLDER = re.compile(r"(\d+)-(.+)-x(\d+)-k(\d+)")
 _AUTHORS_POINTS = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
@@ -32,10 +31,10 @@ _AUTHORS_POINTS = {
 }
 _MODULES = {
     "": "hook_resid_post",
-    "self_attn": "hook_attn_out",
-    "attn": "hook_attn_out",
-    "attention": "hook_attn_out",
-    "mlp": "hook_mlp_out",
+    "self_attn": "attn.hook_out",
+    "attn": "attn.hook_out",
+    "attention": "attn.hook_out",
+    "mlp": "mlp.hook_out",
 }
 """What Hugging Face's modules of a block give out, by TransformerLens's names."""
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
@@ -49,7 +48,7 @@ def read(folder: Path, *, hook: str | None) -> dict[str, Any]:
     """
     found = next((each for each, files in _FILES.items() if _holds(folder, files)), None)
     if found is None:
-        below = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        below = sorted(each.name for each in folder.glob("*") if each.is_dir())
         known = "; ".join(f"{each}: {' and '.join(files)}" for each, files in _FILES.items())
         where = f" There are folders in it: subfolder= must be one of {below}." if below else ""
         raise ValueError(f"{folder} holds no SAE in a layout that is known ({known}).{where}")
@@ -90,14 +89,17 @@ def _read_sparsify(
 ) -> dict[str, Any]:
     if config.get("activation", "topk") != "topk":
         _refuse("activation", config["activation"], "topk")
+    if config.get("signed"):  # of early versions
+        _refuse("signed", True, "false")
     transcode = config.get("transcode", False)
+    hook_in = None if hook else config.get("hook_in")
     hook = hook or config.get("hook_out") or hook_of_module(name)
     return {
         "encoder": weights["encoder.weight"],
         "decoder": weights["W_dec"],
         "encoder_bias": weights["encoder.bias"],
         "decoder_bias": weights["b_dec"],
-        "hook_in": config.get("hook_in") or (_input_of(hook) if transcode else hook),
+        "hook_in": hook_in or (_input_of(hook) if transcode else hook),
         "hook_out": hook,
         "k": config["k"],
         "centred": not transcode,
@@ -137,8 +139,8 @@ def _read_saelens(
     config: dict, weights: dict[str, Tensor], name: str, hook: str | None
 ) -> dict[str, Any]:
     metadata = {**config, **config.get("metadata", {})}
-    kind = config.get("architecture", "standard").removeprefix("skip_")
-    kind = kind.removesuffix("_transcoder").replace("transcoder", "standard")
+    parts = set(config.get("architecture", "standard").split("_")) - {"skip", "transcoder"}
+    kind = "_".join(parts) or "standard"
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
     if kind == "standard":
         kind = {"relu": "relu", "topk": "topk"}.get(activation, activation)
@@ -153,7 +155,9 @@ def _read_saelens(
         if config.get(option) not in allowed:
             _refuse(option, config[option], str(allowed[0]))
     k = config.get("k", config.get("activation_fn_kwargs", {}).get("k"))
-    at = hook or metadata["hook_name"]
+    at = hook or metadata.get("hook_name") or metadata.get("hook_point")
+    if at is None:
+        raise ValueError("The hook point is not in the files: say hook=, 'blocks.2.mlp.hook_in'.")
     return {
         "encoder": weights["W_enc"].mT,
         "decoder": weights["W_dec"],
@@ -174,11 +178,10 @@ def _write_saelens(sae: "SparseAutoencoder") -> tuple[dict, dict[str, Tensor]]:
     _check(sae, "saelens", activations=("topk", "relu", "jumprelu"), scale=False)
     architecture = "standard" if sae.activation == "relu" else sae.activation
     if sae.is_transcoder:
-        prefix = "skip_" if sae.skip is not None else ""
-        parts = {"relu": "transcoder", "jumprelu": "jumprelu_transcoder"}
-        if sae.activation not in parts:
+        if sae.activation == "topk":
             _no_place("saelens", "a transcoder with top-k")
-        architecture = prefix + parts[sae.activation]
+        parts = ["jumprelu"] * (sae.activation == "jumprelu") + ["skip"] * (sae.skip is not None)
+        architecture = "_".join([*parts, "transcoder"])
     elif sae.skip is not None:
         _no_place("saelens", "an SAE with a skip")
     metadata = {"hook_name": sae.hook_in, "model_digest": sae.model_digest}
@@ -216,9 +219,12 @@ def _read_authors(
     for option in ("bilinear_encoder", "token_lookup"):
         if config.get(option):
             _refuse(option, True, "false")
-    (point, layer), target = config["point"], config.get("target")
+    point, target = config["point"], config.get("target")
+    for each in (point, target or ["", 0]):
+        if not isinstance(each, list) or len(each) != 2:
+            _refuse("point", each, "a name and a layer, ['mlp-out', 4]")
     encoder = weights["w_enc.weight"]
-    at = hook or _authors_hook(point, layer)
+    at = hook or _authors_hook(*point)
     return {
         "encoder": encoder,
         "decoder": weights["w_dec.weight"].mT,

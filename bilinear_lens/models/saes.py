@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -54,7 +55,7 @@ class SparseAutoencoder:
     scale: float = 1.0
     skip: Float[Tensor, "d_out d_in"] | None = None
     model_digest: str | None = None
-    """Of the model that it was trained on, as `embedding_digest` has it; None if not known."""
+    """Of the model that it was trained on, as `model_digest` has it; None if not known."""
 
     def __post_init__(self) -> None:
         n, d_in = self.encoder.shape
@@ -263,7 +264,7 @@ class SparseAutoencoder:
         """
         for hook, width in ((self.hook_in, self.d_in), (self.hook_out, self.d_out)):
             check_width(model, hook, width)
-        check_digest(model, self.model_digest)
+        check_digest(model, self.hook_in, self.model_digest)
 
 
 def check_width(model: TransformerBridge, hook: str, width: int) -> None:
@@ -280,17 +281,30 @@ def check_width(model: TransformerBridge, hook: str, width: int) -> None:
         )
 
 
-def check_digest(model: TransformerBridge, digest: str | None) -> None:
-    """Refuse a model that is known to be another one.
+def check_digest(model: TransformerBridge, hook: str, digest: str | None) -> None:
+    """Refuse a model that is known to be another one, or to be folded otherwise.
 
     Raises:
         ValueError: if `digest` is neither None nor the model's.
     """
-    if digest not in (None, embedding_digest(model)):
+    if digest in (None, model_digest(model, hook)):
+        return
+    if digest is not None and digest.partition(" ")[0] == embedding_digest(model):
         raise ValueError(
-            f"This was trained on another model than {model.cfg.model_name}: their embeddings "
-            "differ. If it is meant for both, dataclasses.replace(..., model_digest=None) says so."
+            f"This was trained on {hook} of a model that was loaded with another fold=, which "
+            "decides whether a norm's gain is in that activation: load the model as it was."
         )
+    raise ValueError(
+        f"This was trained on another model than {model.cfg.model_name}: their embeddings "
+        "differ. If it is meant for both, dataclasses.replace(..., model_digest=None) says so."
+    )
+
+
+def model_digest(model: TransformerBridge, hook: str) -> str:
+    """`embedding_digest`, and, of a hook point behind a norm, whether its gain is folded."""
+    behind = re.search(r"mlp\.hook_in|attn\.hook_in|ln\d\.hook_(out|normalized)", hook)
+    raw = behind and not model._weights_processed
+    return embedding_digest(model) + " raw" * bool(raw)
 
 
 @torch.no_grad()
@@ -316,6 +330,5 @@ def width_at(model: TransformerBridge, hook: str) -> int:
 @torch.no_grad()
 def embedding_digest(model: TransformerBridge) -> str:
     """What tells models apart, whatever their dtype and whether they are folded: a SHA-256 of the
-    embedding, rounded to bfloat16."""
-    rounded = model.W_E.detach().cpu().bfloat16().contiguous()
-    return hashlib.sha256(rounded.view(torch.uint8).numpy().data).hexdigest()
+    signs of the embedding, which no rounding changes."""
+    return hashlib.sha256(model.W_E.detach().cpu().signbit().numpy().data).hexdigest()

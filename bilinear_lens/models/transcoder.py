@@ -1,10 +1,11 @@
 """BilinearTranscoder: a bilinear layer in the place of an MLP that is none."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,7 +43,7 @@ class BilinearTranscoder:
     hook_in: str
     hook_out: str
     model_digest: str | None = None
-    """Of the model that it was trained on, as `saes.embedding_digest` has it."""
+    """Of the model that it was trained on, as `saes.model_digest` has it."""
 
     def __post_init__(self) -> None:
         self.tensor  # noqa: B018 - which checks them
@@ -60,7 +61,13 @@ class BilinearTranscoder:
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What it writes for the activation `x` at `hook_in`."""
-        return self.tensor(x)
+        return self.tensor(x.to(self.left))
+
+    def to(self, device: str | torch.device) -> "BilinearTranscoder":
+        """The same on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def hooks(self) -> Hooks:
         """For `run_with_hooks`: the model goes on with what this writes."""
@@ -75,7 +82,7 @@ class BilinearTranscoder:
         """
         check_width(model, self.hook_in, self.left.shape[1])
         check_width(model, self.hook_out, self.down.shape[0])
-        check_digest(model, self.model_digest)
+        check_digest(model, self.hook_in, self.model_digest)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save as a folder with `config.json` and safetensors, which appears whole or not at all.

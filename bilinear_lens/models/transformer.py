@@ -142,7 +142,7 @@ class HookedBilinearTransformer(DirectionsBridge):
         bridge = cls(model, adapter, tokenizer)
         check_linear_gates(bridge)
         with torch.no_grad():
-            error = _disagreement(bridge(probe).log_softmax(-1), expected)
+            error = disagreement(bridge(probe).log_softmax(-1), expected)
         if error:
             raise ValueError(
                 f"TransformerLens wires {architecture} otherwise than Hugging Face does: "
@@ -334,7 +334,7 @@ class HookedBilinearTransformer(DirectionsBridge):
         with torch.no_grad():
             expected = self(probe.to(self.cfg.device)).log_softmax(-1).cpu()
             actual = plain(input_ids=probe).logits.log_softmax(-1)
-        if error := _disagreement(actual, expected):
+        if error := disagreement(actual, expected):
             raise ValueError(
                 f"{type(plain).__name__} has no place for its own folded weights: its "
                 f"log-probabilities would be off by {error:.2g}. Load the model with fold=False "
@@ -343,7 +343,7 @@ class HookedBilinearTransformer(DirectionsBridge):
         return plain
 
 
-def _disagreement(actual: Tensor, expected: Tensor) -> float:
+def disagreement(actual: Tensor, expected: Tensor) -> float:
     """Mean difference of log-probabilities; 0 if rounding explains it."""
     error = (actual - expected).abs().mean().item()
     rounding = 1e-4 if actual.dtype.itemsize >= 4 else 0.1

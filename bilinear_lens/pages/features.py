@@ -3,15 +3,17 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from bilinear_lens.analysis.examples import LatentExamples, latent_examples
 from bilinear_lens.analysis.features import (
-    FeatureInteractions,
     feature_interactions,
     latent_basis,
+    written_layer,
 )
 from bilinear_lens.models.checkpoints import check_new, write_folder
 from bilinear_lens.models.saes import SparseAutoencoder
@@ -63,10 +65,21 @@ def feature_browser(
     latent_basis(model, inputs)
     chosen = list(range(outputs.n_latents)) if latents is None else list(latents)
     outputs.check_latents(chosen)
-    found = {
-        latent: feature_interactions(model, latent, inputs=inputs, outputs=outputs, side=side, k=k)
-        for latent in tqdm(chosen, desc="Reading weights", leave=False)
-    }
+    layer = written_layer(outputs)
+    behind_norm = outputs.hook_out.endswith("hook_mlp_out")
+    directions = model.output_directions(
+        range(model.cfg.d_vocab), layer=None if behind_norm else layer
+    )
+    normed = inputs.hook_in.endswith("mlp.hook_in")
+    ids = range(model.cfg.d_vocab)
+    tokens = model.token_directions(ids) if normed else model.embedded(ids)
+    found: dict[int, _Built] = {}
+    for latent in tqdm(chosen, desc="Reading weights", leave=False):
+        features = feature_interactions(
+            model, latent, inputs=inputs, outputs=outputs, side=side, k=k
+        )
+        rank = features.spectrum.effective_rank().item()
+        found[latent] = _Built(features.pairs, rank, features.listed, layer)
     builds: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for latent, features in found.items():
         pairs = features.pairs[features.pairs["kind"] != "constant"]
@@ -79,23 +92,21 @@ def feature_browser(
         "out": latent_examples(model, outputs, text, latents=chosen, n=n),
     }
     browser = _Browser(of)
-    directions = model.output_directions(range(model.cfg.d_vocab))
-    effects = outputs.decoder_basis.directions[chosen].to(directions) @ directions.mT
-    tokens = model.token_basis().directions.to(inputs.encoder)
-    alone = tokens @ inputs.encoder_basis.directions[read].mT
+    written = outputs.decoder_basis.directions.to(directions)
+    reads = inputs.encoder_basis.directions.to(tokens)
     with write_folder(folder) as new:
         for side_name in of:
             (new / side_name).mkdir()
-        for row, latent in enumerate(tqdm(chosen, desc="Writing pages", leave=False)):
-            logits = _ends(effects[row], model.token_labels)
+        for latent in tqdm(chosen, desc="Writing pages", leave=False):
+            logits = _ends(directions @ written[latent], model.token_labels)
             sections = [
                 *browser.about("out", latent),
                 *_logits(logits),
                 browser.built(found[latent]),
             ]
             browser.write(new, "out", latent, outputs, sections, source)
-        for row, latent in enumerate(tqdm(read, desc="Writing pages", leave=False)):
-            nearest = _ends(alone[:, row], model.token_labels)[:1]
+        for latent in tqdm(read, desc="Writing pages", leave=False):
+            nearest = _ends(tokens @ reads[latent], model.token_labels)[:1]
             sections = [
                 *browser.about("in", latent),
                 _tokens(nearest[0]),
@@ -116,6 +127,15 @@ def feature_browser(
             f"examples are from {source}."
         )
         save_page(new / "index.html", page(title, lead=lead, sections=[body]))
+
+
+class _Built(NamedTuple):
+    """What is kept of the interactions that build a latent."""
+
+    pairs: pd.DataFrame
+    effective_rank: float
+    listed: float
+    layer: int
 
 
 class _Browser:
@@ -146,7 +166,7 @@ class _Browser:
         )
         return [Section("Examples", text, views.pieces(shown))]
 
-    def built(self, features: FeatureInteractions) -> Section:
+    def built(self, features: "_Built") -> Section:
         """Which input latents build an output latent."""
         cards: list[Fragment] = []
         for kind, heading in (("cross", "two latents"), ("self", "a latent with itself")):
@@ -157,7 +177,7 @@ class _Browser:
             cards.append(views.links(rows, heading))
         text = (
             f"What multiplies to make it active, read from the weights of layer {features.layer}: "
-            f"effective rank {features.spectrum.effective_rank().item():.1f}; the listed pairs "
+            f"effective rank {features.effective_rank:.1f}; the listed pairs "
             f"hold {features.listed:.1%} of all squared interactions."
         )
         return Section("Built of", text, cards)

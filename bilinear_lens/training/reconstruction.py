@@ -86,6 +86,7 @@ def evaluate_reconstruction(
             a window.
     """
     reconstruction.check_model(model)
+    reconstruction = reconstruction.to(str(model.cfg.device))
     windows = windows_of(model, text, window=window)
     totals = _Totals()
     hook_in, hook_out = reconstruction.hook_in, reconstruction.hook_out

@@ -20,12 +20,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from bilinear_lens.models.activations import activations_at
 from bilinear_lens.models.checkpoints import check_new
-from bilinear_lens.models.saes import SparseAutoencoder, embedding_digest, width_at
+from bilinear_lens.models.saes import (
+    SparseAutoencoder,
+    embedding_digest,
+    model_digest,
+    width_at,
+)
 from bilinear_lens.training.reconstruction import Trained, packed_for, save_trained
 from bilinear_lens.training.runs import check_run_folder, note_run, text_digest
-
-_STATE = "state.pt"
-"""What sparsify writes last but one into a checkpoint, beside the SAEs."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def train_saes(
             f"{recipe.batch_size}: give more text, or a smaller batch_size."
         )
     digest = embedding_digest(model)
+    digests = {hook: model_digest(model, hook) for hook in hooks}
     run = {"hooks": hooks, "recipe": asdict(recipe), "model": digest, "text": text_digest(windows)}
     checkpoints = Path(f"{out}.checkpoints")
     check_run_folder(checkpoints, run, resume=resume)
@@ -142,7 +145,8 @@ def train_saes(
         last = _last(checkpoints)
         if last is not None:
             trainer.load_state(str(last))
-        trainer.fit()
+        if trainer.global_step < steps:  # otherwise it was cut off after its last step
+            trainer.fit()
     saes = {
         hook: SparseAutoencoder(
             encoder=coder.encoder.weight,
@@ -152,7 +156,7 @@ def train_saes(
             hook_in=hook,
             hook_out=hook,
             k=recipe.k,
-            model_digest=digest,
+            model_digest=digests[hook],
         )
         for hook, coder in trainer.saes.items()
     }
@@ -205,10 +209,16 @@ def _quiet(model: TransformerBridge) -> Iterator[None]:
     """
     frozen = {name: weight.requires_grad for name, weight in model.named_parameters()}
     precision = torch.get_float32_matmul_precision()
+    from sparsify import sparse_coder, utils  # which print
+
+    decoder = sparse_coder.decoder_impl
+    if torch.device(str(model.cfg.device)).type == "cpu":  # where its Triton kernel cannot run
+        sparse_coder.decoder_impl = utils.eager_decode
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
             yield
     finally:
+        sparse_coder.decoder_impl = decoder
         torch.set_float32_matmul_precision(precision)
         for name, weight in model.named_parameters():
             weight.requires_grad_(frozen[name])

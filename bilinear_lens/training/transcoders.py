@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments, s
 
 from bilinear_lens.models.activations import activations_at
 from bilinear_lens.models.checkpoints import check_new
-from bilinear_lens.models.saes import embedding_digest, width_at
+from bilinear_lens.models.saes import model_digest, width_at
 from bilinear_lens.models.transcoder import BilinearTranscoder
 from bilinear_lens.training.reconstruction import Trained, packed_for, save_trained
 from bilinear_lens.training.runs import train
@@ -96,7 +96,7 @@ def train_transcoders(
         raise ValueError(f"layers={layers} must be between 0 and {model.cfg.n_layers - 1}.")
     windows = packed_for(model, text, window=recipe.window)
     packed_for(model, held_out, window=recipe.window)  # refuses what is too short, before training
-    digest = embedding_digest(model)
+    digests = {layer: model_digest(model, f"blocks.{layer}.mlp.hook_in") for layer in chosen}
     set_seed(recipe.seed)
     first = windows[: recipe.batch_size]["input_ids"]
     layers_of = _Transcoders(model, chosen, recipe, first)  # pyright: ignore[reportArgumentType]
@@ -112,7 +112,7 @@ def train_transcoders(
         weight_decay=0.0,
         adam_beta2=0.99,
         max_grad_norm=1.0,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=torch.device(str(model.cfg.device)).type == "cpu",
         seed=recipe.seed,
         data_seed=recipe.seed,
         save_steps=max(1, steps // 10),
@@ -124,17 +124,18 @@ def train_transcoders(
         layers_of,
         windows,
         args=args,
-        note={"recipe": asdict(recipe), "layers": chosen, "model": digest},
+        note={"recipe": asdict(recipe), "layers": chosen, "model": digests[chosen[0]]},
         resume=resume,
     )
     with_skip = ", with a linear skip" if recipe.skip else ""
+    n_tokens = recipe.epochs * len(windows) * min(recipe.window, model.cfg.n_ctx)
     trained = save_trained(
         out,
         model,
-        layers_of.transcoders(digest),
+        layers_of.transcoders(digests),
         held_out,
         introduction=f"Bilinear layers of rank {layers_of.rank}{with_skip}, in the places of MLPs "
-        f"of `{model.cfg.model_name}`: trained on {steps * recipe.batch_size * first.shape[1]:,} "  # pyright: ignore
+        f"of `{model.cfg.model_name}`: trained on {n_tokens:,} "
         f"tokens{f' of {data}' if data else ''}.",
         window=recipe.window,
         command=command,
@@ -201,7 +202,7 @@ class _Transcoders(PreTrainedModel):
         return {"loss": (made - y).square().mean()}
 
     @torch.no_grad()
-    def transcoders(self, digest: str) -> dict[str, BilinearTranscoder]:
+    def transcoders(self, digests: Mapping[int, str]) -> dict[str, BilinearTranscoder]:
         """What was trained, in the model's own sizes."""
         made = {}
         for row, layer in enumerate(self.layers):
@@ -214,6 +215,6 @@ class _Transcoders(PreTrainedModel):
                 skip=None if self.skip is None else self.skip[row] * size_out / size_in,
                 hook_in=self.reads[row],
                 hook_out=self.writes[row],
-                model_digest=digest,
+                model_digest=digests[layer],
             )
         return made
