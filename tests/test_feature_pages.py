@@ -183,7 +183,9 @@ def test_features_are_listed_and_shown(run, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(bl.held_out_stories()[:30]))
     code, out, err = run(f"features show {SAES} 156 --layer 2 --k 2 --text text.txt")
     assert code == 0, err
-    assert "latent 156 of blocks.2.mlp.hook_out" in out and "␣named" in out and "constant" in out
+    assert (
+        "latent 156 of blocks.2.mlp.hook_out" in out and "␣boy␣named" in out and "constant" in out
+    )
 
     code, out, err = run(
         f"features browse {SAES} --layer 2 --latent 156 --out pages --text text.txt"
@@ -213,11 +215,9 @@ def test_training_commands_make_folders(run, tmp_path):
     )
     assert code == 0, err
     assert "blocks.1.mlp.hook_in: normalised MSE" in out and "L0 3.0" in out
-    read = bl.SparseAutoencoder.from_pretrained(
-        tmp_path / "stories260k-saes", "blocks.1.mlp.hook_in"
-    )
-    assert read.n_latents == 128
-    card = (tmp_path / "stories260k-saes" / "README.md").read_text()
+    folder = tmp_path / "my-stories260k-saes"
+    assert bl.SparseAutoencoder.from_pretrained(folder, "blocks.1.mlp.hook_in").n_latents == 128
+    card = (folder / "README.md").read_text()
     assert "bilinear-lens train sae stories260k --hook blocks.1.mlp.hook_in" in card
     code, out, err = run(
         f"train transcoder stories260k --layer 1 {text} --rank 9 --no-skip --out tc"
@@ -237,6 +237,7 @@ def test_errors_of_features_are_one_line(run, tmp_path):
         f"features list {SAES} --layer 2 --memory 0.001": "is too little",
         "features show tinystories-1l tinystories-4l-saes 3 --layer 2": "no hook point",
         "features show tinystories-4l nowhere 3 --layer 2": "tinystories-4l-saes",
+        f"features predict {SAES} --layer 3 --outputs blocks.2.mlp.hook_out": "another one",
         "train sae stories260k --hook x --text no.txt": "There is no file no.txt",
         "train transcoder stories260k --layer 9 --text no.txt": "There is no file no.txt",
     }
@@ -245,6 +246,8 @@ def test_errors_of_features_are_one_line(run, tmp_path):
         assert (code, err.startswith("error: "), err.count("\n")) == (2, True, 1), err
         assert expected in err
     assert list(tmp_path.iterdir()) == before_run
+    (tmp_path / "tinystories-4l-saes").mkdir()  # which of the two is meant?
+    assert "is a folder here, too" in run(f"features show {SAES} 3 --layer 2")[2]
 
 
 def test_the_saes_that_ship_are_as_their_card_says():

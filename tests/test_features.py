@@ -172,9 +172,11 @@ def test_the_gain_of_a_norm_behind_the_mlp_is_in_the_direction():
 
 
 def test_an_output_may_be_a_token(model):
-    found = bl.feature_interactions(model, 5, inputs=before())
-    torch.testing.assert_close(found.direction, model.output_direction(5))
-    assert found.latent is None and found.output == "'#5' - mean"
+    found = bl.feature_interactions(model, (5, 7), inputs=before())
+    torch.testing.assert_close(found.direction, model.output_direction((5, 7)))
+    assert found.latent is None and found.output == "'#5' - '#7'"
+    with pytest.raises(ValueError, match="give outputs="):  # a latent's number, forgotten whose
+        bl.feature_interactions(model, 5, inputs=before())
 
 
 def test_it_shows_itself(model):

@@ -147,6 +147,8 @@ def test_examples_are_the_largest_of_all_text(model, around):
             assert example.tokens == [model.token_labels[i] for i in windows[place, shown]]
             assert example.activations == pytest.approx(acts[place, shown, latent].tolist())
             assert example.tokens[example.peak] == model.token_labels[windows[place, peak]]
+        shown = found.shown([latent])
+        assert shown["tokens"] == [[each.tokens for each in found.of(latent)]]
         first = found.of(latent)[0]
         assert first.tokens[first.peak] in found.words(latent, n)
     assert compared > 12

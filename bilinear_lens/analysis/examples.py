@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ class Example:
     """The token of the largest."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LatentExamples:
     """For each of some latents, where it is most active, and how often it is at all."""
 
@@ -45,6 +46,26 @@ class LatentExamples:
     n_tokens: int
     labels: list[str]
     """Of all tokens."""
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentExamples({len(self.latents)} latents of {self.sae.hook_in}, on "
+            f"{self.n_tokens:,} tokens)"
+        )
+
+    def shown(self, latents: Sequence[int]) -> dict[str, Any]:
+        """What `views.tokens.examples` takes: `tokens.examples(**found.shown([156, 215]))`.
+
+        Raises:
+            ValueError: as `of`.
+        """
+        pieces = [self.of(latent) for latent in latents]
+        return {
+            "tokens": [[each.tokens for each in some] for some in pieces],
+            "activations": [[each.activations for each in some] for some in pieces],
+            "labels": [f"latent {latent}" for latent in latents],
+            "name": self.sae.hook_in,
+        }
 
     def density(self, latent: int) -> float:
         """The share of tokens at which a latent is active."""

@@ -9,6 +9,7 @@
 import re
 from dataclasses import dataclass
 from html import escape
+from operator import index
 
 import pandas as pd
 import torch
@@ -134,11 +135,20 @@ def feature_interactions(
     basis = latent_basis(model, inputs)
     tensor = model.bilinear_tensor(basis.layer)
     if outputs is None:
+        if isinstance(output, int):
+            raise ValueError(
+                f"output={output} is a number: give outputs=, the SAE whose latent it is, or a "
+                "token as a string."
+            )
         direction = model.output_direction(output, layer=basis.layer)  # pyright: ignore
         name, latent = output_label(model, output, "mean"), None  # pyright: ignore
     else:
-        if not isinstance(output, int):
-            raise ValueError(f"output={output!r} must be the number of a latent of `outputs`.")
+        try:
+            output = index(output)  # pyright: ignore[reportArgumentType] - NumPy's, too
+        except TypeError:
+            raise ValueError(
+                f"output={output!r} must be the number of a latent of `outputs`."
+            ) from None
         outputs.check_latents([output])
         direction = latent_directions(model, outputs, layer=basis.layer, side=side)[output]
         name, latent = f"latent {output} of {outputs.hook_out}", output
@@ -194,6 +204,11 @@ def latent_basis(model: HookedBilinearTransformer, sae: SparseAutoencoder) -> La
     Raises:
         ValueError: if it is of another model or width, or stands elsewhere.
     """
+    if not isinstance(model, HookedBilinearTransformer):
+        raise ValueError(
+            f"{type(model).__name__} has no bilinear MLPs: make it bilinear (bl.bilinearize), or "
+            "train a layer that is (bl.train_transcoders), and read its tensor."
+        )
     match = _READS.fullmatch(sae.hook_in)
     if match is None or sae.is_transcoder:
         raise ValueError(

@@ -64,8 +64,8 @@ def latent_prediction(
     Returns:
         A row for each `tokens`, `predictor` and `k`: `correlation`, the mean over latents, and
         `r2`, the median over latents of 1 less squared error over variance (of the prediction as it
-        is: it falls below 0 where a constant would do better); each with `_low` and `_high`; and
-        `n_latents`.
+        is: it falls below 0 where a constant would do better); each with `_low` and `_high`,
+        percentiles of the resamples; and `n_latents`.
 
     Raises:
         ValueError: if the SAE is another model's or of another place, a k or a latent is out of

@@ -22,8 +22,8 @@ app = typer.Typer(
 )
 console = Console(highlight=False)
 
-WORDS = 5
-"""Tokens that tell what a latent means."""
+MEANING = 2
+"""Examples that tell what a latent means, by three tokens each."""
 ORDERS = ("kurtosis", "outliers", "effective_rank", "top_2", "self_share", "deviations")
 
 SHOWN = ["latent", "effective_rank", "top_2", "kurtosis", "outliers", "a", "b", "deviations"]
@@ -131,6 +131,7 @@ def predict(
     documents, _ = _documents(text)
     hooked = bl.HookedBilinearTransformer.from_pretrained(model, tokenizer=tokenizer)
     behind = bl.SparseAutoencoder.from_pretrained(saes, outputs or f"blocks.{layer}.mlp.hook_out")
+    _check_layer(behind, layer)
     curve = bl.latent_prediction(hooked, behind, documents)
     for score in ("correlation", "r2"):
         bounds = (curve.pop(f"{score}_{end}") for end in ("low", "high"))
@@ -179,8 +180,15 @@ def _load(
     load = bl.SparseAutoencoder.from_pretrained
     before = load(saes, inputs or f"blocks.{layer}.mlp.hook_in")
     behind = load(saes, outputs or f"blocks.{layer}.mlp.hook_out")
+    for sae in (before, behind):
+        _check_layer(sae, layer)
     hooked = bl.HookedBilinearTransformer.from_pretrained(model, tokenizer=tokenizer)
     return hooked, before, behind
+
+
+def _check_layer(sae: bl.SparseAutoencoder, layer: int) -> None:
+    if not sae.hook_out.startswith(f"blocks.{layer}."):
+        raise ValueError(f"--layer {layer} is another one than that of the SAE of {sae.hook_out}.")
 
 
 def _documents(text: list[str] | None) -> tuple[list[str], str]:
@@ -190,8 +198,10 @@ def _documents(text: list[str] | None) -> tuple[list[str], str]:
 
 
 def _meaning(examples: bl.LatentExamples, latent: int) -> str:
-    words = examples.words(latent, WORDS)
-    return " ".join(map(visible, words)) or "dead on this text"
+    if not examples.density(latent):
+        return "dead on this text"
+    ends = (e.tokens[max(0, e.peak - 2) : e.peak + 1] for e in examples.of(latent)[:MEANING])
+    return " | ".join("".join(map(visible, end)) for end in ends)
 
 
 def _print(rows: pd.DataFrame) -> None:

@@ -236,7 +236,7 @@ def sae(
     text: TextOption,
     held_out: HeldOutOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new folder; MODEL-saes otherwise, in this one.")
+        Path | None, typer.Option(help="A new folder; my-MODEL-saes otherwise, in this one.")
     ] = None,
     expansion: Annotated[
         int, typer.Option(help="Latents for each dimension of the activation.")
@@ -260,7 +260,7 @@ def sae(
     Example: bilinear-lens train sae tinystories-4l --hook blocks.2.mlp.hook_in
     --hook blocks.2.mlp.hook_out --text stories.txt --held-out others.txt
     """
-    out = out or Path(f"{Path(model).name}-saes")
+    out = out or Path(f"my-{Path(model).name}-saes")
     trained = train_saes(
         load_bridge(model, tokenizer=tokenizer),
         load_text(text),
@@ -294,7 +294,7 @@ def transcoder(
         list[int] | None, typer.Option(help="A layer; all otherwise. May be repeated.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new folder; MODEL-transcoders otherwise, in this one.")
+        Path | None, typer.Option(help="A new folder; my-MODEL-transcoders otherwise.")
     ] = None,
     rank: Annotated[
         int | None,
@@ -320,7 +320,7 @@ def transcoder(
 
     Example: bilinear-lens train transcoder gpt2 --text stories.txt --held-out others.txt
     """
-    out = out or Path(f"{Path(model).name}-transcoders")
+    out = out or Path(f"my-{Path(model).name}-transcoders")
     trained = train_transcoders(
         load_bridge(model, tokenizer=tokenizer),
         load_text(text),

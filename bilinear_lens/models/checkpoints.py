@@ -228,6 +228,11 @@ def subfolder_of(name_or_path: str | Path, subfolder: str | None, revision: str 
         KeyError: if the name is not known.
         ValueError: if there is no such subfolder, naming those there are.
     """
+    if str(name_or_path) in BUILT_IN_SAES and Path(name_or_path).is_dir():
+        raise ValueError(
+            f"{name_or_path} ships with the package and is a folder here, too: rename the folder, "
+            f"or say ./{name_or_path} for it."
+        )
     folder, _ = _folder(name_or_path, revision, known=BUILT_IN_SAES, subfolder=subfolder)
     if subfolder is not None and not (folder / subfolder).is_dir():
         there = sorted(each.name for each in folder.glob("*") if each.is_dir())

@@ -130,7 +130,15 @@ def packed_for(model: TransformerBridge, text: Dataset | Sequence[str], *, windo
         raise ValueError("text must be a list of documents, or a dataset: bl.load_text(file).")
     documents = text if isinstance(text, Dataset) else Dataset.from_dict({"text": list(text)})
     n_ctx = min(window, model.cfg.n_ctx)
-    return pack(documents, model.tokenizer, n_ctx=n_ctx, vocab_size=model.cfg.d_vocab)
+    try:
+        return pack(documents, model.tokenizer, n_ctx=n_ctx, vocab_size=model.cfg.d_vocab)
+    except ValueError as error:
+        if "fewer than one window" not in str(error):
+            raise
+        raise ValueError(
+            f"{len(documents)} documents, to train or to measure on, fill fewer than one window of "
+            f"{n_ctx} tokens: give more text, or a smaller window (--window)."
+        ) from None
 
 
 def save_trained(
