@@ -251,8 +251,9 @@ def test_norms_that_subtract_the_mean_are_refused():
         eos_token_id=1,
         pad_token_id=0,
     )
+    torch.manual_seed(0)
     hooked = bl.HookedBilinearTransformer.from_config(config)
-    tokens, direction = torch.tensor([[3, 5, 7]]), torch.ones(24)
+    tokens, direction = torch.tensor([[3, 5, 7]]), torch.randn(24)
     for read in (
         lambda: bl.trace(hooked, direction),
         lambda: bl.trace(hooked, direction, prompt=tokens),

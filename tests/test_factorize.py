@@ -354,7 +354,7 @@ def test_degenerate_tensors_are_fitted(name, options):
 
 @pytest.mark.parametrize("options", [{}, {"atoms_per_output": 3}, {"sparsity": 0.1}])
 def test_more_atoms_than_there_are_do_no_harm(options):
-    found = run(a_tensor(), 9, restarts=1, **options)
+    found = run(a_tensor(), 9, restarts=3, **options)  # one start may end in another optimum
     assert found.similarity > 1 - (1e-2 if "sparsity" in options else 1e-3)
     x = normal(9, 11, N_IN)
     tolerance = 0.1 * a_tensor()(x).abs().max().item()
