@@ -96,7 +96,7 @@ def latent_effects(
         there = _latent_active(features, into, written)
         x, written, window_of = x[there], written[there], window_of.to(there.device)[there]
         acts = sae.encode(x)
-        made = _into_mlp(model, basis.layer, sae, sae.decode(acts))
+        made = tensor(_into_mlp(model, basis.layer, sae, sae.decode(acts)))
         for name, group in groups.items():
             chosen = torch.zeros(sae.n_latents, dtype=torch.bool, device=x.device)
             chosen[list(group)] = True
@@ -110,7 +110,7 @@ def latent_effects(
                 into = _into_mlp(model, basis.layer, sae, x[at] - taken)
                 after = tensor(into)
                 without = sae.decode(acts[at] * ~out)
-                predicted = tensor(_into_mlp(model, basis.layer, sae, without)) - tensor(made[at])
+                predicted = tensor(_into_mlp(model, basis.layer, sae, without)) - made[at]
                 parts.setdefault((name, kind), []).append(
                     torch.stack(
                         [

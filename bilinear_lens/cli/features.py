@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bilinear_lens as bl
-from bilinear_lens.cli.options import TokenizerOption
+from bilinear_lens.cli.options import ModelArgument, TokenizerOption
 from bilinear_lens.models.checkpoints import check_new
 from bilinear_lens.pages.features import feature_browser
 from bilinear_lens.training.text import load_text
@@ -29,7 +29,6 @@ ORDERS = ("kurtosis", "outliers", "effective_rank", "top_2", "self_share", "devi
 SHOWN = ["latent", "effective_rank", "top_2", "kurtosis", "outliers", "a", "b", "deviations"]
 """Columns in the terminal: what says how concentrated a latent's interactions are."""
 
-ModelArgument = Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")]
 SaesArgument = Annotated[
     str, typer.Argument(help="A folder or Hub id with SAEs, or tinystories-4l-saes.")
 ]

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+ModelArgument = Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")]
+WindowOption = Annotated[int, typer.Option(help="Tokens of a window, at most the model's context.")]
 TokenizerOption = Annotated[
     str | None,
     typer.Option(help="A folder, built-in model or Hub id with the tokenizer, instead of its own."),

@@ -1,6 +1,7 @@
 """Commands that train: language, vision, sae, transcoder."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +15,13 @@ from bilinear_lens.cli.options import (
     GradientAccumulationOption,
     GradientCheckpointingOption,
     HeldOutOption,
+    ModelArgument,
     ReportToOption,
     ResumeOption,
     StreamingOption,
     TextOption,
     TokenizerOption,
+    WindowOption,
 )
 from bilinear_lens.models.bridges import load_bridge
 from bilinear_lens.models.fitting import FitRecipe
@@ -26,7 +29,7 @@ from bilinear_lens.training.card import shown_command
 from bilinear_lens.training.corpus import held_out_documents, source_names
 from bilinear_lens.training.language import Equal, train_language
 from bilinear_lens.training.recipe import LanguageRecipe
-from bilinear_lens.training.reconstruction import Reconstruction
+from bilinear_lens.training.reconstruction import Trained
 from bilinear_lens.training.saes import SaeRecipe, train_saes
 from bilinear_lens.training.text import load_text
 from bilinear_lens.training.transcoders import TranscoderRecipe, train_transcoders
@@ -228,7 +231,7 @@ def vision(
 
 @app.command()
 def sae(
-    model: Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")],
+    model: ModelArgument,
     hook: Annotated[
         list[str],
         typer.Option(help="A hook point, such as blocks.2.mlp.hook_in. May be repeated."),
@@ -244,9 +247,7 @@ def sae(
     k: Annotated[int, typer.Option(help="Latents that are active at a token.")] = SaeRecipe.k,
     epochs: Annotated[int, typer.Option(help="Passes over the text.")] = SaeRecipe.epochs,
     batch_size: Annotated[int, typer.Option(help="Windows a step.")] = SaeRecipe.batch_size,
-    window: Annotated[
-        int, typer.Option(help="Tokens of a window, at most the model's context.")
-    ] = SaeRecipe.window,
+    window: WindowOption = SaeRecipe.window,
     lr: Annotated[
         float | None, typer.Option(help="Adam's highest; sparsify's own otherwise.")
     ] = SaeRecipe.learning_rate,
@@ -280,14 +281,12 @@ def sae(
         command=shown_command(sys.argv),
         data=data or ", ".join(source_names(text)),
     )
-    for name, each in trained.items():
-        _print_reconstruction(name, each.reconstruction)
-    console.print(f"Wrote {escape(str(out))}")
+    _print_trained(trained, out)
 
 
 @app.command()
 def transcoder(
-    model: Annotated[str, typer.Argument(help="A built-in model, a folder or a Hub id.")],
+    model: ModelArgument,
     text: TextOption,
     held_out: HeldOutOption = None,
     layer: Annotated[
@@ -305,9 +304,7 @@ def transcoder(
     ] = TranscoderRecipe.skip,
     epochs: Annotated[int, typer.Option(help="Passes over the text.")] = TranscoderRecipe.epochs,
     batch_size: Annotated[int, typer.Option(help="Windows a step.")] = TranscoderRecipe.batch_size,
-    window: Annotated[
-        int, typer.Option(help="Tokens of a window, at most the model's context.")
-    ] = TranscoderRecipe.window,
+    window: WindowOption = TranscoderRecipe.window,
     lr: Annotated[
         float, typer.Option(help="Highest learning rate.")
     ] = TranscoderRecipe.learning_rate,
@@ -340,16 +337,17 @@ def transcoder(
         command=shown_command(sys.argv),
         data=data or ", ".join(source_names(text)),
     )
+    _print_trained(trained, out)
+
+
+def _print_trained(trained: Mapping[str, Trained], out: Path) -> None:
     for name, each in trained.items():
-        _print_reconstruction(name, each.reconstruction)
+        measured = each.reconstruction
+        latents = "" if measured.l0 is None else f", L0 {measured.l0:.1f}, dead {measured.dead:.1%}"
+        console.print(
+            f"{escape(name)}: normalised MSE {measured.nmse:.4f}, variance explained "
+            f"{measured.variance_explained:.4f}, loss recovered {measured.recovered:.4f}, added "
+            f"{measured.added:.4f}{latents}",
+            soft_wrap=True,
+        )
     console.print(f"Wrote {escape(str(out))}")
-
-
-def _print_reconstruction(name: str, measured: Reconstruction) -> None:
-    latents = "" if measured.l0 is None else f", L0 {measured.l0:.1f}, dead {measured.dead:.1%}"
-    console.print(
-        f"{escape(name)}: normalised MSE {measured.nmse:.4f}, variance explained "
-        f"{measured.variance_explained:.4f}, loss recovered {measured.recovered:.4f}, added "
-        f"{measured.added:.4f}{latents}",
-        soft_wrap=True,
-    )

@@ -21,7 +21,7 @@ def activations_at(
     """
     names, seen = set(hooks), {}
     with model.hooks(fwd_hooks=[(name, _keeping(seen, name)) for name in names]):
-        run_up_to(model, tokens, names)
+        model(tokens, return_type=None, stop_at_layer=_layer_above(names))
     for name, activation in seen.items():
         if not activation.isfinite().all():
             raise ValueError(
@@ -31,11 +31,10 @@ def activations_at(
     return seen
 
 
-def run_up_to(model: TransformerBridge, tokens: Int[Tensor, "n pos"], hooks: Iterable[str]) -> None:
-    """Run a model as far as some hook points lie."""
+def _layer_above(hooks: Iterable[str]) -> int | None:
+    """The first layer that some hook points do not need; None where one is of no layer."""
     layers = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
-    stop = max(int(match[1]) for match in layers if match) + 1 if all(layers) else None
-    model(tokens, return_type=None, stop_at_layer=stop)
+    return max(int(match[1]) for match in layers if match) + 1 if all(layers) else None
 
 
 def replacing(function: Callable[[Tensor], Tensor], hook_in: str, hook_out: str) -> Hooks:
